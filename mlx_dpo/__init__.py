@@ -1,0 +1,7 @@
+"""Preference alignment for Apple silicon, and the private assistant that comes of it."""
+
+from mlx_dpo import machine
+
+__version__ = "0.1.0"
+
+machine.load_fast_blas()  # has to happen before the first `import mlx.core`

@@ -1,0 +1,1 @@
+"""Objectives, the reference, the trainer, its checkpoints and its report."""

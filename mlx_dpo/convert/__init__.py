@@ -1,0 +1,1 @@
+"""Weights in and out, and the proof that nothing was lost on the way."""

@@ -1,0 +1,1 @@
+"""Preference pairs: reading, templates, batches."""

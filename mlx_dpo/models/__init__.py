@@ -1,0 +1,1 @@
+"""The MLX side: loading, adapters, scoring, memory."""

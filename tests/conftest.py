@@ -1,0 +1,26 @@
+"""Shared fixtures: tiny random models, one folder a family, built once a run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import mlx_dpo  # noqa: F401  (loads the BLAS before MLX)
+
+import pytest  # isort: skip
+import tiny  # isort: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a family's name to its folder in Hugging Face layout; tests must not write there."""
+    folders: dict[str, Path] = {}
+
+    def folder(family: str = "llama") -> Path:
+        if family not in folders:
+            folders[family] = tiny.write_model(tmp_path_factory.mktemp(family) / family, family)
+        return folders[family]
+
+    return folder

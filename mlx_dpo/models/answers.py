@@ -1,0 +1,16 @@
+"""Greedy answers to a few questions at once, for looking at a model before and after."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.generate import batch_generate
+
+from mlx_dpo.models.load import Loaded
+
+
+def greedy_answers(loaded: Loaded, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
+    """The model's most likely answer to each prompt (token ids), at most `max_tokens` long, as text."""
+    given = [list(prompt) for prompt in prompts]
+    answers = batch_generate(loaded.model, loaded.tokenizer, given, max_tokens=max_tokens)
+    mx.clear_cache()
+    return [text.strip() for text in answers.texts]

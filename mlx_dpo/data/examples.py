@@ -1,0 +1,209 @@
+"""One row of preference data, from whatever shape it was written in."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from mlx_dpo.data.templates import Message
+
+COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "system")
+_ROLES = ("system", "user", "assistant")
+_RENDERED_ELSEWHERE = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")
+_FORBIDDEN = re.compile("[\x00\ud800-\udfff]")
+# What pandas and JSON encoders make of a list of messages that is forced into one cell.
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+
+Turns = tuple[Message, ...]
+
+
+class Example(NamedTuple):
+    """A prompt that ends with a user's turn, the preferred answer, the other one, and where they stood."""
+
+    prompt: Turns
+    chosen: str
+    rejected: str | None
+    source: str
+
+
+class Repeated(NamedTuple):
+    """What stands for a JSON object in which a key appears twice."""
+
+    key: str
+
+
+def example(row: object, source: str, *, pairs: bool) -> Example | list[str]:
+    """The example that a row holds, or every reason why it holds none.
+
+    With `pairs`, chosen and rejected are needed; without, chosen, completion or messages (ending with the
+    answer), and `rejected` is not looked at. Text is taken as it is: nothing is stripped or normalised.
+    """
+    if isinstance(row, Repeated):
+        return [f"the key {row.key!r} appears twice"]
+    if not isinstance(row, Mapping):
+        return [f"is {_kind(row)}, not an object with named fields"]
+    fields = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    names = ("chosen", "rejected") if pairs else _answer_columns(fields)
+    if missing := _missing(fields, names):
+        return missing
+    reasons: list[str] = []
+    answers = [_turns(name, fields[name], "assistant", reasons) for name in names]
+    explicit = "prompt" in fields and names != ("messages",)
+    prompt = _turns("prompt", fields["prompt"], "user", reasons) if explicit else _shared_beginning(answers)
+    if reasons:
+        return reasons
+    whole = _with_system(fields.get("system"), prompt, reasons)
+    _check_prompt(whole, reasons)
+    texts = [
+        _answer(name, turns, (prompt, whole), reasons) for name, turns in zip(names, answers, strict=True)
+    ]
+    if pairs and not reasons and texts[0] == texts[1]:
+        reasons.append("chosen and rejected are the same text")
+    return reasons or Example(whole, texts[0], texts[1] if pairs else None, source)
+
+
+def missing_columns(columns: Iterable[str], *, pairs: bool) -> str | None:
+    """What a table's header lacks for any row to be an example, in words; None where it lacks nothing."""
+    names = set(columns)
+    if pairs and not names >= {"chosen", "rejected"}:
+        return "needs the columns prompt, chosen and rejected"
+    if not pairs and not names & {"chosen", "completion", "messages"}:
+        return "needs the columns prompt and chosen, prompt and completion, or messages"
+    return None
+
+
+def _answer_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
+    wanted = (
+        ("chosen", "completion", "messages") if "prompt" in fields else ("messages", "chosen", "completion")
+    )
+    return tuple(name for name in wanted if name in fields)[:1]
+
+
+def _missing(fields: Mapping[str, object], names: tuple[str, ...]) -> list[str]:
+    absent = [name for name in names if name not in fields]
+    if not names:
+        absent = ["an answer (chosen, completion or messages)"]
+    if absent:
+        return [f"{name} is missing" for name in absent]
+    if names == ("messages",):
+        value = fields["messages"]
+        return [] if isinstance(value, list) else [f"messages is {_kind(value)}, not a list of messages"]
+    if "prompt" in fields or all(isinstance(fields[name], list) for name in names):
+        return []
+    hint = ""
+    if len(names) == 2:
+        hint = " (it cannot be told from texts that begin alike: give prompt, or lists of messages)"
+    return [f"prompt is missing{hint}"]
+
+
+def _turns(name: str, value: object, role: str, reasons: list[str]) -> Turns:
+    if isinstance(value, str):
+        _check_text(name, value, reasons)
+        return (Message(role=role, content=value),)
+    if not isinstance(value, list):
+        reasons.append(f"{name} is {_kind(value)}, not text or a list of messages")
+        return ()
+    if not value:
+        reasons.append(f"{name} is an empty list")
+    return tuple(_message(f"{name}[{place}]", turn, reasons) for place, turn in enumerate(value))
+
+
+def _message(name: str, value: object, reasons: list[str]) -> Message:
+    message = Message(role="", content="")
+    if isinstance(value, Repeated):
+        reasons.append(f"{name} has the key {value.key!r} twice")
+        return message
+    if not isinstance(value, Mapping):
+        reasons.append(f"{name} is {_kind(value)}, not a message with role and content")
+        return message
+    role = value.get("role")
+    if role not in _ROLES:
+        reasons.append(f"{name} has the role {_shortened(role)}, not system, user or assistant")
+    _check_text(f"{name}.content", value.get("content"), reasons)
+    lost = [key for key in _RENDERED_ELSEWHERE if value.get(key)]
+    if lost:
+        reasons.append(f"{name} has {lost[0]}, which is not learnt here")
+    message = Message(role=str(role), content=str(value.get("content")))
+    if value.get("name") is not None:
+        _check_text(f"{name}.name", value["name"], reasons)
+        message["name"] = str(value["name"])
+    return message
+
+
+def _check_text(name: str, value: object, reasons: list[str]) -> None:
+    if value is None:
+        reasons.append(f"{name} is missing")
+    elif not isinstance(value, str):
+        reasons.append(f"{name} is {_kind(value)}, not text")
+    elif not value or value.isspace():
+        reasons.append(f"{name} is empty")
+    elif found := _FORBIDDEN.search(value):
+        what = (
+            "a NUL character"
+            if found.group() == "\x00"
+            else f"half a surrogate pair (U+{ord(found.group()):04X})"
+        )
+        reasons.append(f"{name} has {what} at character {found.start() + 1}")
+    elif _MESSAGES_AS_TEXT.match(value):
+        reasons.append(
+            f"{name} is a list of messages written as text: give it as a list (JSON Lines or Parquet)"
+        )
+
+
+def _shared_beginning(answers: list[Turns]) -> Turns:
+    if len(answers) == 1:
+        return answers[0][:-1]
+    chosen, rejected = answers
+    count = 0
+    for mine, yours in zip(chosen[:-1], rejected[:-1], strict=False):
+        if mine != yours:
+            break
+        count += 1
+    return chosen[:count]
+
+
+def _with_system(system: object, prompt: Turns, reasons: list[str]) -> Turns:
+    # An empty cell is how a table says that there is no system text, so it means the same everywhere.
+    if system is None or system == "":
+        return prompt
+    _check_text("system", system, reasons)
+    if prompt and prompt[0]["role"] == "system":
+        reasons.append("there is a system field and the prompt has a system message already")
+    return (Message(role="system", content=str(system)), *prompt)
+
+
+def _check_prompt(prompt: Turns, reasons: list[str]) -> None:
+    roles = [turn["role"] for turn in prompt]
+    if not roles:
+        reasons.append("prompt is missing")
+    elif roles[-1] != "user":
+        reasons.append(f"the prompt ends with a message of role {roles[-1]}; the last must be the user's")
+    if "system" in roles[1:]:
+        reasons.append("a system message stands elsewhere than first")
+
+
+def _answer(name: str, turns: Turns, prompts: tuple[Turns, ...], reasons: list[str]) -> str:
+    last = turns[len(turns) - 1]
+    if len(turns) > 1 and turns[:-1] not in prompts:
+        reasons.append(
+            f"{name} has {len(turns)} messages; it must be one answer, or repeat the prompt's messages "
+            "exactly and add one answer"
+        )
+    elif last["role"] != "assistant":
+        reasons.append(f"{name} ends with a message of role {last['role']}, not with the assistant's answer")
+    return last["content"]
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, float) and value != value:
+        return "NaN (a missing value)"
+    names = {str: "text", int: "a number", float: "a number", list: "a list", bytes: "binary data"}
+    return names.get(type(value), "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}")
+
+
+def _shortened(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else _kind(value)
+    return text if len(text) <= 40 else text[:37] + "…'"

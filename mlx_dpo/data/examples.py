@@ -53,9 +53,7 @@ def example(row: object, source: str, *, pairs: bool) -> Example | list[str]:
         return reasons
     whole = _with_system(fields.get("system"), prompt, reasons)
     _check_prompt(whole, reasons)
-    texts = [
-        _answer(name, turns, (prompt, whole), reasons) for name, turns in zip(names, answers, strict=True)
-    ]
+    texts = [_answer(name, turns, (prompt, whole), reasons) for name, turns in zip(names, answers, strict=True)]
     if pairs and not reasons and texts[0] == texts[1]:
         reasons.append("chosen and rejected are the same text")
     return reasons or Example(whole, texts[0], texts[1] if pairs else None, source)
@@ -72,9 +70,7 @@ def missing_columns(columns: Iterable[str], *, pairs: bool) -> str | None:
 
 
 def _answer_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
-    wanted = (
-        ("chosen", "completion", "messages") if "prompt" in fields else ("messages", "chosen", "completion")
-    )
+    wanted = ("chosen", "completion", "messages") if "prompt" in fields else ("messages", "chosen", "completion")
     return tuple(name for name in wanted if name in fields)[:1]
 
 
@@ -137,16 +133,10 @@ def _check_text(name: str, value: object, reasons: list[str]) -> None:
     elif not value or value.isspace():
         reasons.append(f"{name} is empty")
     elif found := _FORBIDDEN.search(value):
-        what = (
-            "a NUL character"
-            if found.group() == "\x00"
-            else f"half a surrogate pair (U+{ord(found.group()):04X})"
-        )
+        what = "a NUL character" if found.group() == "\x00" else f"half a surrogate pair (U+{ord(found.group()):04X})"
         reasons.append(f"{name} has {what} at character {found.start() + 1}")
     elif _MESSAGES_AS_TEXT.match(value):
-        reasons.append(
-            f"{name} is a list of messages written as text: give it as a list (JSON Lines or Parquet)"
-        )
+        reasons.append(f"{name} is a list of messages written as text: give it as a list (JSON Lines or Parquet)")
 
 
 def _shared_beginning(answers: list[Turns]) -> Turns:

@@ -113,15 +113,11 @@ def _split_files(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for file in data:
         if file.stem in _MISNAMED:
-            raise Refusal(
-                f"{file} would not be read: name it {_MISNAMED[file.stem]}{file.suffix}, or move it away."
-            )
+            raise Refusal(f"{file} would not be read: name it {_MISNAMED[file.stem]}{file.suffix}, or move it away.")
         if file.stem in files:
             raise Refusal(f"{folder} has both {files[file.stem].name} and {file.name}: keep one of them.")
         if file.stem in Splits._fields:
             files[file.stem] = file
     if "train" not in files:
-        raise Refusal(
-            f"{folder} has no train file ({_FORMATS}): name the pairs train.jsonl, or give their file."
-        )
+        raise Refusal(f"{folder} has no train file ({_FORMATS}): name the pairs train.jsonl, or give their file.")
     return {split: files[split] for split in Splits._fields if split in files}

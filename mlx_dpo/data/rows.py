@@ -61,9 +61,7 @@ def _text_lines(data: bytes, name: str) -> tuple[list[str | None], list[Problem]
         except UnicodeDecodeError as error:
             lines.append(None)
             place = f"byte {error.start + 1} of the line (0x{line[error.start]:02x})"
-            problems.append(
-                Problem(f"{name}, line {number}", f"{place} is not UTF-8: save the file as UTF-8")
-            )
+            problems.append(Problem(f"{name}, line {number}", f"{place} is not UTF-8: save the file as UTF-8"))
     return lines, problems
 
 
@@ -83,9 +81,7 @@ def _json_lines(data: bytes, name: str, pairs: bool) -> Found:
         if not isinstance(value, Problem):
             found.append(Row(where, value))
         elif number == len(lines):
-            problems.append(
-                value._replace(reason=f"{value.reason}; it is the last line: is the file cut off?")
-            )
+            problems.append(value._replace(reason=f"{value.reason}; it is the last line: is the file cut off?"))
         else:
             problems.append(value)
     return found, problems
@@ -109,9 +105,7 @@ def _parsed(text: str, where: str) -> object:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        place = (
-            f"line {error.lineno}, character {error.colno}" if "\n" in text else f"character {error.colno}"
-        )
+        place = f"line {error.lineno}, character {error.colno}" if "\n" in text else f"character {error.colno}"
         return Problem(where, f"broken JSON at {place} ({error.msg})")
     except RecursionError:
         return Problem(where, "is nested too deeply")

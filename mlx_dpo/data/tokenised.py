@@ -22,7 +22,7 @@ class TokenisedPair(NamedTuple):
 
 
 class CutCounts(NamedTuple):
-    """Pairs that were cut, the prompts and answers shortened in them, and the tokens lost (a prompt's once)."""
+    """Pairs that were cut, prompts and answers shortened in them, and tokens lost (a prompt's once)."""
 
     pairs: int = 0
     prompts: int = 0
@@ -80,19 +80,15 @@ def _pair(example: Example, tokenizer: Tokenizer, closing: list[int]) -> Tokenis
     return TokenisedPair(prompt, chosen, rejected, example.source)
 
 
-def _response(
-    name: str, text: str, messages: Sequence[Message], prompt: list[int], tokenizer: Tokenizer
-) -> list[int]:
+def _response(name: str, text: str, messages: Sequence[Message], prompt: list[int], tokenizer: Tokenizer) -> list[int]:
     whole = conversation_ids(tokenizer, [*messages, Message(role="assistant", content=text)])
     same = _same_beginning(prompt, whole)
     if same == len(prompt):
         return whole[same:]
-    hint = "this chat template renders a prompt otherwise once it is answered"
-    if text[:1].isspace():
-        hint = f"{name} begins with white space, which merges with the end of the prompt"
     raise Refusal(
-        f"the prompt with {name} does not continue the prompt token for token "
-        f"(they part at token {same + 1} of {len(prompt)}): {hint}"
+        f"the prompt with {name} does not continue the prompt token for token (they part at token {same + 1} of "
+        f"{len(prompt)}): {name} starts with white space that merges with the prompt's last token, or this chat "
+        "template renders an answered prompt otherwise"
     )
 
 
@@ -106,16 +102,14 @@ def _closing(tokenizer: Tokenizer) -> list[int]:
         return []
 
 
-def _fitting(
-    pair: TokenisedPair, example: Example, tokenizer: Tokenizer, max_length: int | None
-) -> TokenisedPair:
+def _fitting(pair: TokenisedPair, example: Example, tokenizer: Tokenizer, max_length: int | None) -> TokenisedPair:
     longest = max(len(pair.chosen), len(pair.rejected))
     if max_length is None or len(pair.prompt) + longest <= max_length:
         return pair
     head, tail = _frame(example.prompt, pair.prompt, tokenizer)
     if head + tail >= max_length:
         raise Refusal(
-            f"--max-length {max_length} leaves no room for an answer: system text and chat template alone take "
+            f"--max-length {max_length} leaves no room for an answer: system text and chat template take "
             f"{head + tail} tokens, so raise it"
         )
     kept = max(max_length - longest, head + tail) - head
@@ -131,10 +125,7 @@ def _frame(messages: Sequence[Message], prompt: list[int], tokenizer: Tokenizer)
     """How many tokens stand before the text of the first turn, and how many after that of the last."""
     first = 1 if messages[0]["role"] == "system" else 0
     head = min(_same_beginning(prompt, other) for other in _probed(messages, first, tokenizer))
-    tail = min(
-        _same_beginning(prompt[::-1], other[::-1])
-        for other in _probed(messages, len(messages) - 1, tokenizer)
-    )
+    tail = min(_same_beginning(prompt[::-1], other[::-1]) for other in _probed(messages, len(messages) - 1, tokenizer))
     return head, tail
 
 

@@ -60,3 +60,10 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Raise OSError now, not after hours of work, where nothing could be written below `out`."""
+    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
+    with tempfile.TemporaryFile(dir=nearest) as file:
+        file.write(b"\0")

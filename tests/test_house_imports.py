@@ -15,6 +15,7 @@ FLOORS = [
     {"align"},
     {"chat"},
     {"train", "fuse"},
+    {"console"},
     {"demo"},
     {"cli"},
     {"__main__"},

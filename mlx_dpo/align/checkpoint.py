@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_dpo.models.arrays import read_arrays
 from mlx_dpo.models.weights import check_safetensors
 from mlx_dpo.refusal import Refusal
 
@@ -60,7 +61,7 @@ def _newest_first(folder: Path) -> list[Path]:
 def _read(path: Path) -> Checkpoint | None:
     try:
         check_safetensors(path)
-        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+        arrays, metadata = read_arrays(path)
         if _digest(arrays) != metadata["sha256"]:
             return None
         return Checkpoint(arrays, json.loads(metadata["numbers"]))

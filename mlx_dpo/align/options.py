@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from mlx_dpo.refusal import Refusal
 
@@ -60,13 +62,13 @@ class TrainOptions:
     """LoRA dropout. [default: 0, or the start adapter's]"""
     layers: int | None = None
     """Adapt only so many blocks, counted from the top. [default: all]"""
-    targets: tuple[str, ...] = ()
+    targets: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
     """Linear modules to adapt, by name or path, e.g. q_proj. [default: all]"""
     max_grad_norm: float = 1.0
     """Clip the gradient's global norm to this; 0 does not clip."""
     seed: int = 0
     """Decides order, initialisation and dropout."""
-    shuffle: bool = True
+    shuffle: Annotated[bool, Parameter(negative="--no-shuffle")] = True
     """Shuffle the pairs anew in each epoch."""
     eval_every: int = 0
     """Evaluate on held-out pairs every so many steps; the end is always evaluated."""

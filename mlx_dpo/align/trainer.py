@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from mlx_dpo.align import objectives
 from mlx_dpo.align.checkpoint import Checkpoint
@@ -20,6 +20,8 @@ from mlx_dpo.align.schedule import ScheduleName, learning_rate
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.adapters import adapter_weights
+from mlx_dpo.models.arrays import named_arrays
+from mlx_dpo.models.load import compute_dtype
 from mlx_dpo.models.memory import recomputed_blocks
 from mlx_dpo.models.scoring import Parts
 from mlx_dpo.refusal import Refusal
@@ -125,7 +127,7 @@ class Trainer:
             loss, logps, new = self._gradients(batch, window)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(loss, logps, gradients)
-            total += loss.item()
+            total += float(loss)
             values = np.array(logps)
             chosen.append(values[: len(batch)])
             rejected.append(values[len(batch) :])
@@ -197,20 +199,17 @@ class Trainer:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
         arrays = {f"adapter.{name}": value for name, value in adapter_weights(self.model).items()}
-        state = tree_flatten(self.optimizer.state)
-        arrays |= {f"optimizer.{name}": value for name, value in state}
+        arrays |= {f"optimizer.{name}": value for name, value in named_arrays(self.optimizer.state).items()}
         return Checkpoint(arrays, {"steps_done": self.steps_done, "tokens_done": self.tokens_done})
 
     def restore(self, state: Checkpoint) -> None:
         """Take up where `checkpoint()` left off; Refusal where the checkpoint is another adapter's."""
-        adapter = {k.removeprefix("adapter."): v for k, v in state.arrays.items() if k.startswith("adapter.")}
+        adapter, optimizer = (_below(part, state.arrays) for part in ("adapter.", "optimizer."))
         own = adapter_weights(self.model)
         if {k: v.shape for k, v in adapter.items()} != {k: v.shape for k, v in own.items()}:
             raise Refusal("The checkpoint belongs to another model or adapter: give the run's own --out.")
         self.model.update(tree_unflatten(list(adapter.items())))
-        optimizer = [(k.removeprefix("optimizer."), v) for k, v in state.arrays.items() if k not in adapter]
-        optimizer = [(k, v) for k, v in optimizer if not k.startswith("adapter.")]
-        self.optimizer.state = tree_unflatten(optimizer)
+        self.optimizer.state = tree_unflatten(list(optimizer.items()))
         self.steps_done = state.numbers["steps_done"]
         self.tokens_done = state.numbers["tokens_done"]
 
@@ -229,6 +228,10 @@ def reward_means(policy: PairLogps, reference: PairLogps, beta: float) -> dict[s
     }
 
 
+def _below(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
 def _tokens(pair: TokenisedPair) -> int:
     twice = len(pair.prompt) + len(pair.rejected) if pair.rejected else 0
     return len(pair.prompt) + len(pair.chosen) + twice
@@ -236,7 +239,7 @@ def _tokens(pair: TokenisedPair) -> int:
 
 def _clipped(gradients: Any, limit: float) -> tuple[Any, float]:
     clipped, norm = optimizers.clip_grad_norm(gradients, limit if limit > 0 else math.inf)
-    return (clipped if limit > 0 else gradients), norm.item()
+    return (clipped if limit > 0 else gradients), float(norm)
 
 
 def _stream(*numbers: int) -> int:
@@ -245,6 +248,4 @@ def _stream(*numbers: int) -> int:
 
 def _rounding(model: nn.Module) -> float:
     """Relative rounding of a summed log-probability between two layouts of the same batch."""
-    from mlx_dpo.models.load import compute_dtype
-
     return 1e-4 if compute_dtype(model) == mx.float32 else 2e-2

@@ -1,7 +1,7 @@
 """From messages to token ids, by the model's own chat template."""
 
 from collections.abc import Sequence
-from typing import NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from jinja2.exceptions import TemplateError
 
@@ -19,7 +19,7 @@ class Message(TypedDict):
 class Tokenizer(Protocol):
     """What is asked of a tokenizer here; mlx-lm's wrapper and transformers' both have it."""
 
-    def apply_chat_template(self, conversation: Sequence[Message], **options: object) -> list[int]: ...  # noqa: D102
+    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> list[int]: ...  # noqa: D102
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

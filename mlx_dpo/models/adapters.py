@@ -4,17 +4,17 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from mlx_dpo.models.load import one_line
+from mlx_dpo.models.arrays import named_arrays, read_arrays
+from mlx_dpo.models.load import blocks, one_line
 from mlx_dpo.models.weights import check_safetensors, read_json
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import write_whole
@@ -45,7 +45,7 @@ class AdapterShape:
 def adaptable_keys(model: nn.Module) -> list[str]:
     """The linear modules of a block, by their path in it, e.g. `self_attn.q_proj`."""
     names: dict[str, None] = {}
-    for block in model.layers:
+    for block in blocks(model):
         names.update({n: None for n, m in block.named_modules() if isinstance(m, _ADAPTABLE)})
     return list(names)
 
@@ -136,12 +136,19 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     model.freeze()
     with _one_line_errors(f"The adapter {folder} does not fit this model"):
         load_adapters(model, str(folder))
-    given = mx.load(str(folder / WEIGHTS))
+    given, _ = read_arrays(folder / WEIGHTS)
     wanted = adapter_weights(model)
-    missing = sorted(wanted.keys() - given.keys())  # type: ignore[union-attr]
+    missing = sorted(wanted.keys() - given.keys())
     if missing:
         raise Refusal(f"The adapter {folder} does not fit this model: it lacks {missing[0]}.")
     check_finite(wanted, str(folder / WEIGHTS))
+
+
+def set_dropout(model: nn.Module, dropout: float) -> None:
+    """Give every adapter in `model` this dropout, a probability."""
+    for _, module in model.named_modules():
+        if isinstance(module, _LORA):
+            module.dropout = nn.Dropout(p=dropout)
 
 
 def check_finite(weights: dict[str, mx.array], where: str) -> None:
@@ -153,7 +160,7 @@ def check_finite(weights: dict[str, mx.array], where: str) -> None:
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     """The adapter's tensors by their path in the model."""
-    return {k: v for k, v in tree_flatten(model.parameters()) if k.rsplit(".", 1)[-1] in _LEAVES}
+    return {k: v for k, v in named_arrays(model.parameters()).items() if k.rsplit(".", 1)[-1] in _LEAVES}
 
 
 def save_adapter(folder: Path, weights: dict[str, mx.array], shape: AdapterShape, model: str) -> None:
@@ -182,8 +189,3 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scale = scale
-
-
-def shape_in_words(shape: AdapterShape) -> dict[str, Any]:
-    """The shape as plain data, for manifests."""
-    return asdict(shape)

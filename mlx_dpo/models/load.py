@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
+from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.weights import read_json, weight_files
 from mlx_dpo.refusal import Refusal
 
@@ -70,6 +70,11 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
         raise Refusal(f"The tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model, from the bottom up."""
+    return list(model.layers)  # type: ignore[arg-type]
+
+
 def training_dtype(model: nn.Module) -> mx.Dtype | None:
     """float32 for a 16-bit model on the CPU, where 16-bit products are 30 times slower; None keeps what is there."""
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
@@ -78,7 +83,7 @@ def training_dtype(model: nn.Module) -> mx.Dtype | None:
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:
     """The floating-point type that the model computes in."""
-    for name, value in tree_flatten(model.parameters()):
+    for name, value in named_arrays(model.parameters()).items():
         if mx.issubdtype(value.dtype, mx.floating) and "lora" not in name:
             return value.dtype
     return mx.float32

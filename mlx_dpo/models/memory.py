@@ -2,11 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+
+from mlx_dpo.models.arrays import named_arrays
+from mlx_dpo.models.load import blocks
+from mlx_dpo.models.scoring import LOGIT_BYTES
+
+# How often a block's width, its inner width and its attention scores are kept for the backward pass: measured.
+_HIDDEN_COPIES, _INNER_COPIES, _SCORE_COPIES, _LOGIT_COPIES = 12, 6, 3, 3
 
 
 @contextlib.contextmanager
@@ -15,13 +21,13 @@ def recomputed_blocks(model: nn.Module) -> Iterator[None]:
 
     Works on the instances, not on their class, so that another model of the same kind is left alone.
     """
-    kinds = [type(block) for block in model.layers]
-    for block, kind in zip(model.layers, kinds, strict=True):
+    kinds = [type(block) for block in blocks(model)]
+    for block, kind in zip(blocks(model), kinds, strict=True):
         block.__class__ = _recomputing(kind)
     try:
         yield
     finally:
-        for block, kind in zip(model.layers, kinds, strict=True):
+        for block, kind in zip(blocks(model), kinds, strict=True):
             block.__class__ = kind
 
 
@@ -42,4 +48,38 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that the model's parameters take."""
-    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    return sum(value.nbytes for value in named_arrays(model.parameters()).values())
+
+
+class Load(NamedTuple):
+    """The largest batch of a run: rows, their padded length and response tokens in all."""
+
+    rows: int
+    length: int
+    responses: int
+    rank: int
+    grad_checkpoint: bool
+
+
+def peak_bytes(config: dict[str, Any], weights: int, load: Load, *, on_cpu: bool) -> float:
+    """Estimate the peak memory of a training step in bytes, from the model's configuration alone.
+
+    Counts weights, adapter with gradient and two moments, what the backward pass keeps of each block, attention
+    probabilities and the logits of one chunk. Fitted to measured peaks; see benchmarks/RESULTS.md.
+    """
+    text = config.get("text_config") or config
+    hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+    depth, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
+    quantised = "quantization" in config
+    is_float32 = (config.get("torch_dtype") or config.get("dtype")) == "float32"
+    number = 4 if on_cpu or is_float32 else 2
+    if on_cpu and not quantised and not is_float32:
+        weights *= 2
+    tokens = load.rows * load.length
+    block = tokens * (_HIDDEN_COPIES * hidden + _INNER_COPIES * inner) * number
+    block += load.rows * heads * load.length**2 * _SCORE_COPIES * number
+    kept = depth * tokens * hidden * number + block if load.grad_checkpoint else depth * block
+    vocabulary = int(config.get("vocab_size") or text.get("vocab_size") or 0)
+    logits = min(load.responses * vocabulary * 4, LOGIT_BYTES) * _LOGIT_COPIES
+    adapter = depth * load.rank * (6 * hidden + 3 * (hidden + inner)) * 16
+    return weights + adapter + kept + logits

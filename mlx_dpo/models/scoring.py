@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-_LOGIT_BYTES = 256 * 2**20  # of float32 logits alive at once
+LOGIT_BYTES = 256 * 2**20  # of float32 logits alive at once
 
 
 class Rows(NamedTuple):
@@ -21,11 +21,6 @@ class Rows(NamedTuple):
     places: mx.array
     targets: mx.array
     row_of: mx.array
-
-    @property
-    def count(self) -> int:
-        """How many rows there are."""
-        return self.tokens.shape[0]
 
 
 def rows_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
@@ -59,7 +54,7 @@ def parts(model: nn.Module) -> Parts | None:
 
     mlx-lm's models mostly are head(trunk(ids)), tied or not; the cut is tried on a few tokens, not assumed.
     """
-    core = model["language_model"] if "language_model" in model else model
+    core = model.get("language_model", model)
     if "model" not in core:
         return None
     trunk = core["model"]
@@ -89,7 +84,7 @@ def token_logps(model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
     hidden = hidden.reshape(-1, hidden.shape[-1])[rows.places]
     count = rows.places.size
     vocabulary = cut.head(hidden[:1]).shape[-1]  # lazily: the shape alone is asked for, nothing is computed
-    step = max(1, _LOGIT_BYTES // (4 * vocabulary))
+    step = max(1, LOGIT_BYTES // (4 * vocabulary))
 
     spans = [slice(start, start + step) for start in range(0, count, step)]
     chunks = [_head_logps(cut.head, rows.targets[span]) for span in spans]
@@ -109,7 +104,7 @@ def _picked(logits: mx.array, targets: mx.array) -> mx.array:
 
 def row_sums(values: mx.array, rows: Rows) -> mx.array:
     """Sums of per-token values over each row, (rows,)."""
-    return mx.zeros((rows.count,), dtype=values.dtype).at[rows.row_of].add(values)
+    return mx.zeros((rows.tokens.shape[0],), dtype=values.dtype).at[rows.row_of].add(values)
 
 
 def row_lengths(rows: Rows) -> mx.array:

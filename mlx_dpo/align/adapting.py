@@ -1,0 +1,56 @@
+"""The adapter that a run trains: fresh, or the one it starts from."""
+
+from dataclasses import replace
+
+from mlx_dpo.align import record
+from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.models import adapters
+from mlx_dpo.models.load import Loaded, blocks
+from mlx_dpo.refusal import Refusal
+
+_RANK, _ALPHA, _DROPOUT = 8, 16.0, 0.0
+
+
+def with_adapter_shape(options: TrainOptions) -> TrainOptions:
+    """Fill in rank, alpha and dropout from the start adapter, or from the defaults.
+
+    Raises Refusal where an option contradicts the start adapter.
+    """
+    if options.adapter is None:
+        return replace(
+            options,
+            rank=options.rank or _RANK,
+            alpha=options.alpha or _ALPHA,
+            dropout=_DROPOUT if options.dropout is None else options.dropout,
+        )
+    shape = adapters.read_shape(options.adapter)
+    for name, own in (("rank", shape.rank), ("alpha", shape.alpha)):
+        given = getattr(options, name)
+        if given is not None and abs(given - own) > 1e-6:
+            raise Refusal(f"--{name} is {given:g}, but the adapter {options.adapter} has {own:g}: leave it away.")
+    if options.targets or options.layers:
+        raise Refusal("--targets and --layers are those of the adapter that training starts from: leave them away.")
+    dropout = shape.dropout if options.dropout is None else options.dropout
+    return replace(options, rank=shape.rank, alpha=shape.alpha, dropout=dropout)
+
+
+def attached(loaded: Loaded, options: TrainOptions) -> adapters.AdapterShape:
+    """Put the adapter into the model, everything else frozen, and return its shape."""
+    dropout = options.dropout or 0.0
+    if options.adapter is None:
+        shape = _fresh_shape(loaded, options)
+        adapters.attach(loaded.model, shape, options.seed)
+        return shape
+    record.refuse_other_base(options.adapter, options.model)
+    adapters.load_adapter(loaded.model, options.adapter)
+    adapters.set_dropout(loaded.model, dropout)
+    return replace(adapters.read_shape(options.adapter), dropout=dropout)
+
+
+def _fresh_shape(loaded: Loaded, options: TrainOptions) -> adapters.AdapterShape:
+    depth = len(blocks(loaded.model))
+    if options.layers and options.layers > depth:
+        raise Refusal(f"--layers is {options.layers}, but this model has {depth} blocks: give at most {depth}.")
+    rank, alpha = options.rank or _RANK, options.alpha or _ALPHA
+    keys = adapters.chosen_keys(loaded.model, options.targets)
+    return adapters.AdapterShape(rank, alpha / rank, options.dropout or 0.0, keys, options.layers or depth)

@@ -1,0 +1,68 @@
+"""The examples of a run: read, split and tokenised before the model is loaded."""
+
+from typing import Any, NamedTuple
+
+from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.data.examples import Example
+from mlx_dpo.data.reading import fingerprint, read, split_off
+from mlx_dpo.data.tokenised import CutCounts, TokenisedPair, tokenise
+from mlx_dpo.models.load import read_tokenizer
+from mlx_dpo.refusal import Refusal
+
+
+class Prepared(NamedTuple):
+    """Tokenised examples, the prompts to answer before and after, what was cut, and the data's hash."""
+
+    train: list[TokenisedPair]
+    valid: list[TokenisedPair]
+    questions: list[Example]
+    cut: CutCounts
+    fingerprint: str
+
+
+def prepared(options: TrainOptions, config: dict[str, Any]) -> Prepared:
+    """Read and tokenise the data of a run; `config` is the model's.
+
+    Raises Refusal, naming file and row, for anything that could not be learnt as it stands.
+    """
+    train, valid = _split(options)
+    if options.method == "sft":
+        train = [example._replace(rejected=None) for example in train]
+        valid = [example._replace(rejected=None) for example in valid]
+    tokenizer = read_tokenizer(options.model, config)
+    learnt = tokenise(train, tokenizer, options.max_length)
+    held_out = tokenise(valid, tokenizer, options.max_length)
+    _refuse_foreign_tokens(learnt.items + held_out.items, config)
+    cut = CutCounts(*(a + b for a, b in zip(learnt.cut, held_out.cut, strict=True)))
+    return Prepared(learnt.items, held_out.items, _questions(valid or train, options.samples), cut, fingerprint(train))
+
+
+def _questions(examples: list[Example], count: int) -> list[Example]:
+    """The first examples with prompts of their own."""
+    distinct: dict[str, Example] = {}
+    for example in examples:
+        distinct.setdefault(str(example.prompt), example)
+    return list(distinct.values())[:count]
+
+
+def _split(options: TrainOptions) -> tuple[list[Example], list[Example]]:
+    splits = read(options.data, pairs=options.method == "dpo")
+    if options.holdout and splits.valid:
+        raise Refusal(f"--holdout is given, but {options.data} has a valid file: leave one of them away.")
+    if not options.holdout:
+        return splits.train, splits.valid
+    train, valid = split_off(splits.train, options.holdout, options.seed)
+    if not train or not valid:
+        raise Refusal(f"--holdout {options.holdout:g} of {options.data} leaves one side empty: give another share.")
+    return train, valid
+
+
+def _refuse_foreign_tokens(pairs: list[TokenisedPair], config: dict[str, Any]) -> None:
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    for pair in pairs:
+        highest = max(max(pair.prompt), max(pair.chosen), max(pair.rejected, default=0))
+        if size and highest >= size:
+            raise Refusal(
+                f"{pair.source} has the token {highest}, but the model knows {size}: the tokenizer in the model's "
+                "folder belongs to another model."
+            )

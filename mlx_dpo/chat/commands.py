@@ -73,8 +73,7 @@ def _stats(conversation: Conversation, _: str) -> Effect:
         f"turns {len(conversation.turns)}, seed {conversation.seed}",
         f"prompt {answer.prompt_tokens}{context} tokens, {answer.reused_tokens} of them reused",
         f"answer {answer.tokens} tokens, ended by {answer.finish_reason}",
-        f"first token after {answer.seconds_to_first_token:.2f} s, "
-        f"then {answer.tokens_per_second:.1f} tokens a second",
+        f"first token after {answer.seconds_to_first_token:.2f} s, then {answer.tokens_per_second:.1f} tokens a second",
     ]
     if answer.restarted:
         lines.append("the model's sliding window has wrapped: the prompt was computed from its beginning")

@@ -3,7 +3,7 @@
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class Conversation:
         if system is not None:
             self.instruct(system)
 
-    def ask(self, question: str) -> Iterator[str | Answer]:
+    def ask(self, question: str) -> Generator[str | Answer]:
         """The answer's text as it comes, piece by piece, and at last the Answer.
 
         The turn is kept once there is any text, an interrupted one and one that nobody listened to the end of
@@ -96,7 +96,7 @@ class Conversation:
         """The whole answer at once; raises as `ask` does."""
         return _last(self.ask(question))
 
-    def regenerate(self) -> Iterator[str | Answer]:
+    def regenerate(self) -> Generator[str | Answer]:
         """As `ask`, for the last question again; the former answer goes when the new one has begun."""
         if not self.turns:
             raise Refusal("There is no answer yet to give anew: ask something first.")
@@ -141,7 +141,7 @@ class Conversation:
         """The token ids that the model would be given for `question` now."""
         return self._prompt(self.turns, question).ids
 
-    def _spoken(self, before: Sequence[Turn], question: str) -> Iterator[str | Answer]:
+    def _spoken(self, before: Sequence[Turn], question: str) -> Generator[str | Answer]:
         started = time.perf_counter()
         self._stopping = False
         question = _sayable(question, "The question")
@@ -205,9 +205,7 @@ class Conversation:
         return min(self.sampling.max_tokens, (self.context or self.sampling.max_tokens + taken) - taken)
 
 
-def open_conversation(
-    model: Path, adapter: Path | None, sampling: Sampling, system: str | None = None
-) -> Conversation:
+def open_conversation(model: Path, adapter: Path | None, sampling: Sampling, system: str | None = None) -> Conversation:
     """Load a model folder, with an adapter on it or not, and begin a conversation.
 
     A 16-bit model is computed in float32 on the CPU, where 16-bit products are slow. Raises Refusal.

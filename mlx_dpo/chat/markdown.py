@@ -12,7 +12,7 @@ _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "ta
 
 def markdown(text: str) -> Markdown:
     """Markdown for rich that loses nothing: lines stay lines, HTML is text, links show their target."""
-    result = Markdown("", hyperlinks=False)
+    result = Markdown("", hyperlinks=False, justify="default")
     result.parsed = _PARSER.parse(text)
     for token in result.parsed:
         for child in token.children or ():
@@ -35,18 +35,28 @@ def settled(text: str) -> int:
     return 0
 
 
-class Tail:
-    """The last lines of a Markdown text, as many as the screen holds: rich's Live cannot scroll."""
+class Block:
+    """A piece of Markdown without blank lines around it, or only as much of its end as fits."""
 
-    def __init__(self, text: str, width: int) -> None:
-        """Show `text` at most `width` columns wide."""
+    def __init__(self, text: str, width: int, *, growing: bool = False) -> None:
+        """Show `text` at most `width` columns wide; rich's Live cannot scroll, so what grows has to fit."""
         self._text = text
         self._width = width
+        self._growing = growing
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the lines."""
         narrow = options.update(width=min(options.max_width, self._width), height=None)
         lines = console.render_lines(markdown(self._text), narrow, pad=False)
-        for line in lines[-max(options.size.height - 2, 1) :]:
+        while lines and _blank(lines[0]):
+            del lines[0]
+        while lines and _blank(lines[-1]):
+            del lines[-1]
+        room = max(options.size.height - 2, 1) if self._growing else len(lines)
+        for line in lines[-room:] if room else ():
             yield from line
             yield Segment.line()
+
+
+def _blank(line: list[Segment]) -> bool:
+    return not "".join(segment.text for segment in line).strip()

@@ -65,6 +65,4 @@ class ChatOptions:
     @property
     def sampling(self) -> Sampling:
         """Those of the options that say how answers are drawn."""
-        return Sampling(
-            temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=self.seed
-        )
+        return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=self.seed)

@@ -248,7 +248,7 @@ class _Screen:
         """Draw finished paragraphs once and for all, and the one that is growing again and again."""
         from rich.live import Live
 
-        from mlx_dpo.chat.markdown import Tail, markdown, settled
+        from mlx_dpo.chat.markdown import Block, settled
 
         growing = ""
         drawn_at = 0.0
@@ -257,21 +257,18 @@ class _Screen:
                 for piece in pieces:
                     growing += piece
                     if end := settled(growing):
-                        self._answers.print(markdown(growing[:end]), width=self._width())
+                        self._answers.print(Block(growing[:end], _WIDEST))
                         self._answers.print()
                         growing = growing[end:]
                     if time.monotonic() - drawn_at > _SECONDS_BETWEEN_DRAWINGS:
-                        live.update(Tail(growing, self._width()), refresh=True)
+                        live.update(Block(growing, _WIDEST, growing=True), refresh=True)
                         drawn_at = time.monotonic()
             finally:
                 live.update("", refresh=True)
                 live.stop()
                 if growing.strip():
-                    self._answers.print(markdown(growing), width=self._width())
+                    self._answers.print(Block(growing, _WIDEST))
                     self._answers.print()
-
-    def _width(self) -> int:
-        return min(self._answers.width, _WIDEST)
 
 
 def _keys() -> "KeyBindings":

@@ -11,11 +11,12 @@ import pytest
 import tiny
 
 from mlx_dpo.chat.cache import TrackedCache
-from mlx_dpo.chat.engine import Answer, Conversation, Turn, context_length
+from mlx_dpo.chat.engine import Answer, Conversation, Turn, context_length, open_conversation
 from mlx_dpo.chat.markers import control_tokens, disarmed
 from mlx_dpo.chat.options import ChatOptions, Sampling
 from mlx_dpo.chat.speech import Speech, Voice
 from mlx_dpo.data.templates import prompt_ids
+from mlx_dpo.models.adapters import AdapterShape, adapter_weights, attach, save_adapter
 from mlx_dpo.models.load import Loaded, load
 from mlx_dpo.refusal import Refusal
 
@@ -284,3 +285,21 @@ def test_without_a_known_context_the_answer_has_its_whole_length(endless: Loaded
 def test_absurd_options_are_refused_by_name(option: str, value: object):
     with pytest.raises(Refusal, match=f"--{option.replace('_', '-')} "):
         ChatOptions(model=Path("m"), **{option: value})  # type: ignore[arg-type]
+
+
+def test_an_adapter_speaks_and_an_empty_one_changes_nothing(tiny_folder: Folder, tmp_path: Path):
+    folder = tiny_folder("llama")
+    shape = AdapterShape(rank=4, scale=2.0, dropout=0.5, keys=("self_attn.q_proj", "mlp.down_proj"), layers=2)
+    model = load(folder).model
+    attach(model, shape, seed=0)
+    empty = adapter_weights(model)
+    spread = {name: mx.random.normal(value.shape) for name, value in empty.items()}
+    answers = [open_conversation(folder, None, greedy()).answer("Hello").text]
+    for name, weights in (("empty", empty), ("spread", spread)):
+        (tmp_path / name).mkdir()
+        save_adapter(tmp_path / name, weights, shape, str(folder))
+        talks = [open_conversation(folder, tmp_path / name, greedy()) for _ in range(2)]
+        first, again = (talk.answer("Hello").text for talk in talks)
+        assert first == again  # no dropout
+        answers.append(first)
+    assert answers[0] == answers[1] != answers[2]

@@ -12,7 +12,7 @@ from mlx_dpo.models.load import blocks
 from mlx_dpo.models.scoring import LOGIT_BYTES
 
 # How often a block's width, its inner width and its attention scores are kept for the backward pass: measured.
-_HIDDEN_COPIES, _INNER_COPIES, _SCORE_COPIES, _LOGIT_COPIES = 12, 6, 3, 3
+_HIDDEN_COPIES, _INNER_COPIES, _SCORE_COPIES, _LOGIT_COPIES = 8, 5.7, 1.28, 3.6
 
 
 @contextlib.contextmanager

@@ -1,0 +1,263 @@
+"""An adapter merged into its base for good, and the proof that the merged model still says what it said."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import save_config, save_model
+
+from mlx_dpo.align import record
+from mlx_dpo.convert import fidelity, merge
+from mlx_dpo.convert.fidelity import Fidelity, Held
+from mlx_dpo.convert.merge import FLOATING, Format
+from mlx_dpo.data.examples import Example
+from mlx_dpo.data.reading import Splits, read, split_off
+from mlx_dpo.data.tokenised import tokenise
+from mlx_dpo.models.adapters import load_adapter
+from mlx_dpo.models.load import Loaded, load, training_dtype
+from mlx_dpo.models.weights import read_json
+from mlx_dpo.refusal import Refusal
+from mlx_dpo.storage import sha256_of, whole_folder
+
+ENOUGH = 0.9  # of the adapter's effect has to survive
+_COPIED = ("*token*", "*.jinja", "vocab.*", "merges.txt", "generation_config.json", "special_tokens_map.json", "*.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseOptions:
+    """What is merged into what, and what it is measured on."""
+
+    model: Path
+    """Folder of the base model that the adapter was trained on."""
+    adapter: Path
+    """Folder of the adapter."""
+    out: Path
+    """Folder for the merged model."""
+    quantize: Literal["keep", "none", "4", "6", "8"] = "keep"
+    """Number format: keep the base's own, none for 16 bit, or so many bits."""
+    data: Path | None = None
+    """Pairs to measure on. [default: the run's own held-out pairs, else pairs that come with mlx_dpo]"""
+    pairs: int = 16
+    """Measure on so many pairs."""
+
+
+class Phase(NamedTuple):
+    """A part of the work begins."""
+
+    text: str
+
+
+class Measured(NamedTuple):
+    """How faithful the merged model is in a format."""
+
+    format: str
+    fidelity: Fidelity
+
+
+class Fused(NamedTuple):
+    """The merged model is in `out` and opens in plain mlx-lm."""
+
+    out: Path
+    format: str
+    fidelity: Fidelity
+
+
+Event = Phase | Measured | Fused
+
+
+def run(options: FuseOptions, fallback: Path) -> Iterator[Event]:
+    """Merge, measure, raise the precision where too little survives, write, and read the result back.
+
+    `fallback` holds pairs to measure on where neither the options nor the adapter name any. Raises Refusal for an
+    adapter of other weights, and where even floating-point layers would lose more than a tenth of its effect.
+    """
+    if options.pairs < 1:
+        raise Refusal(f"--pairs {options.pairs} makes no sense: give at least 1.")
+    if not (options.adapter / "adapter_config.json").exists() and not options.adapter.is_dir():
+        raise Refusal(f"There is no adapter folder {options.adapter}: give the --out folder of a training run.")
+    record.refuse_other_base(options.adapter, options.model)
+    with whole_folder(options.out) as staging:
+        yield Phase("Loading the model and its adapter")
+        storage = load(options.model)
+        load_adapter(storage.model, options.adapter)
+        computing = storage
+        if (dtype := training_dtype(storage.model)) is not None:
+            computing = load(options.model, dtype)
+            load_adapter(computing.model, options.adapter)
+        pairs, source = _pairs(options, storage, fallback)
+        yield Phase(f"Merging, and measuring on {len(pairs)} pairs of {source}")
+        layers, formats, found = merge.Layers({}, {}), {}, None
+        for name, formats in _attempts(storage.model, options.quantize):
+            layers = merge.layers(storage.model, formats)
+            found = Measured(name, fidelity.measured(computing.model, _computing(layers, computing.model), pairs))
+            yield found
+            if found.fidelity.survived >= ENOUGH:
+                break
+        if found is None or found.fidelity.survived < ENOUGH:
+            raise Refusal(_nothing_helps(found))
+        yield Phase("Writing, and reading back")
+        storage.model.update_modules(tree_unflatten(list(layers.merged.items())))
+        _write(staging, options, storage, formats, found)
+        _check_read_back(staging, storage, pairs[0])
+    yield Fused(options.out, found.format, found.fidelity)
+
+
+def _nothing_helps(found: Measured | None) -> str:
+    if found is None:
+        return "The adapter changes no layer of this model: there is nothing to merge."
+    return (
+        f"Only {found.fidelity.survived:.0%} of the adapter's effect would survive, even as {found.format}: keep base "
+        "and adapter apart, and use them with --adapter."
+    )
+
+
+def _pairs(options: FuseOptions, loaded: Loaded, fallback: Path) -> tuple[list[Held], str]:
+    """Held-out pairs as token ids, and what they are, in words."""
+    path = options.data
+    examples = _held_out_of(read(path, pairs=True)) if path else []
+    if path is None and (run := _preference_run(options.adapter)) is not None:
+        path = Path(run["data"])
+        splits = read(path, pairs=True)
+        examples = _held_out_of(splits)
+        if run["holdout"] and not splits.valid:
+            examples = split_off(splits.train, run["holdout"], run["seed"])[1]
+    if not examples:
+        path = fallback
+        examples = read(fallback, pairs=True).train
+    items = tokenise(examples[: options.pairs], loaded.tokenizer, None).items
+    return [Held(item.prompt, item.chosen, item.rejected) for item in items], str(path)
+
+
+def _held_out_of(splits: Splits) -> list[Example]:
+    return splits.valid or splits.test or splits.train
+
+
+def _preference_run(adapter: Path) -> dict[str, Any] | None:
+    """The options of the adapter's run, where it learnt from pairs that are still there."""
+    if not (adapter / record.RUN).exists():
+        return None
+    options = record.read_options(adapter)
+    usable = options.get("method") == "dpo" and {"data", "holdout", "seed"} <= options.keys()
+    return options if usable and Path(options["data"]).exists() else None
+
+
+def _attempts(model: nn.Module, quantize: str) -> Iterator[tuple[str, dict[str, Format]]]:
+    """Formats by layer, from the one that was asked for to ever finer ones for the adapted layers."""
+    lora = merge.adapted(model)
+    if not lora:
+        return
+    formats = _asked_formats(model, lora, quantize)
+    yield _in_words(formats), formats
+    coarse = [name for name in lora if (formats[name].bits or 16) < 8]
+    worst = sorted(coarse, key=lambda name: -_loss(lora[name], formats[name]))
+    for share in (0.25, 0.5, 1.0):
+        taken = worst[: max(1, round(share * len(worst)))] if worst else []
+        if taken:
+            better = {name: merge.fitting(8, merge.plain_weight(lora[name].linear).shape[1]) for name in taken}
+            formats = formats | better
+            yield f"{_in_words(formats)} ({len(taken)} of {len(lora)} adapted layers raised to 8 bit)", formats
+    if any(formats[name].bits for name in lora):
+        formats = formats | dict.fromkeys(lora, FLOATING)
+        yield f"{_in_words(formats)} (adapted layers in floating point)", formats
+
+
+def _asked_formats(model: nn.Module, lora: Mapping[str, Any], quantize: str) -> dict[str, Format]:
+    if quantize == "keep":
+        return {name: merge.format_of(layer.linear) for name, layer in lora.items()}
+    every = {name: lora[name].linear if name in lora else module for name, module in _packable(model, lora)}
+    if quantize == "none":
+        return dict.fromkeys(every, FLOATING)
+    return {name: merge.fitting(int(quantize), merge.plain_weight(m).shape[1]) for name, m in every.items()}
+
+
+def _packable(model: nn.Module, lora: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+    inside = {f"{name}.linear" for name in lora}
+    for name, module in model.named_modules():
+        if name in lora or (isinstance(module, kinds) and name not in inside):
+            yield name, module
+
+
+def _loss(layer: Any, into: Format) -> float:
+    """How large the rounding of a merged layer is against what its adapter adds."""
+    weight = merge.merged_weight(layer)
+    delta = weight - merge.plain_weight(layer.linear)
+    rounded = merge.plain_weight(merge.stored(weight, layer.linear, into, mx.float32))
+    return float(mx.linalg.norm(rounded - weight) / mx.maximum(mx.linalg.norm(delta), 1e-12))
+
+
+def _in_words(formats: Mapping[str, Format]) -> str:
+    counts: dict[str, int] = {}
+    for form in formats.values():
+        name = f"{form.bits} bit" if form.bits else "floating point"
+        counts[name] = counts.get(name, 0) + 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{count} layers in {name}" for name, count in counts.items())
+
+
+def _computing(layers: merge.Layers, model: nn.Module) -> merge.Layers:
+    """The layers in the type that `model` computes in."""
+    dtype = merge.storage_dtype(model)
+    return merge.Layers(*({name: _recast(layer, dtype) for name, layer in part.items()} for part in layers))
+
+
+def _recast(layer: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    recast = copy.copy(layer)  # shares the arrays; set_dtype then replaces those of another type
+    recast.set_dtype(dtype)
+    return recast
+
+
+def _write(
+    folder: Path, options: FuseOptions, merged: Loaded, formats: Mapping[str, Format], found: Measured
+) -> None:
+    config = dict(read_json(options.model / "config.json"))
+    config.pop("quantization_config", None)
+    quantization = _quantization(merged.model, config.pop("quantization", None))
+    if quantization:
+        config["quantization"] = quantization
+    save_model(folder, merged.model)
+    save_config(config, folder / "config.json")
+    for pattern in _COPIED:
+        for file in options.model.glob(pattern):
+            shutil.copy(file, folder)
+    facts = {
+        "kind": "merged model",
+        "base": record.base_facts(options.model),
+        "adapter": {"path": str(options.adapter), "sha256": sha256_of(options.adapter / "adapters.safetensors")},
+        "licence": record.base_facts(options.model)["licence"],
+        "format": found.format,
+        "fidelity": found.fidelity._asdict(),
+        "versions": record.versions(),
+    }
+    (folder / record.MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _quantization(model: nn.Module, before: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The quantization map of config.json, from what the layers are now."""
+    layers = {name: merge.format_of(module) for name, module in model.named_modules() if _has_weight(module)}
+    packed = [form for form in layers.values() if form.bits]
+    if not packed:
+        return None
+    usual = max(set(packed), key=packed.count)
+    top = {"bits": usual.bits, "group_size": usual.group_size, "mode": usual.mode}
+    return top | {name: form.as_config() for name, form in layers.items() if form != usual}
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding))
+
+
+def _check_read_back(folder: Path, merged: Loaded, pair: Held) -> None:
+    tokens = mx.array([[*pair.prompt, *pair.chosen]])
+    again = load(folder).model(tokens)
+    if not mx.array_equal(again, merged.model(tokens)):
+        raise Refusal("The merged model reads back differently from what was written: nothing was kept.")
+

@@ -15,7 +15,7 @@ from mlx_dpo.chat.markers import control_tokens, disarmed
 from mlx_dpo.chat.options import Sampling
 from mlx_dpo.chat.speech import Finish, Speech, Voice
 from mlx_dpo.data.templates import Message, prompt_ids
-from mlx_dpo.models.load import Loaded, load, training_dtype
+from mlx_dpo.models.load import Loaded, load_to_compute
 from mlx_dpo.refusal import Refusal
 
 _SEEDS = 2**63
@@ -206,18 +206,12 @@ class Conversation:
 
 
 def open_conversation(model: Path, adapter: Path | None, sampling: Sampling, system: str | None = None) -> Conversation:
-    """Load a model folder, with an adapter on it or not, and begin a conversation.
-
-    A 16-bit model is computed in float32 on the CPU, where 16-bit products are slow. Raises Refusal.
-    """
-    loaded = load(model)
+    """Load a model folder, with an adapter on it or not, and begin a conversation; raises Refusal."""
+    loaded = load_to_compute(model)
     if adapter is not None:
         from mlx_dpo.models.adapters import load_adapter
 
         load_adapter(loaded.model, adapter)
-    if (dtype := training_dtype(loaded.model)) is not None:
-        loaded.model.set_dtype(dtype)
-        mx.eval(loaded.model.parameters())
     return Conversation(loaded, sampling, system)
 
 

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -100,16 +101,12 @@ def _held(conversation: "Conversation", face: _Face) -> int:
     while True:
         try:
             line = face.ask()
-        except KeyboardInterrupt:
-            face.say(HOW_TO_LEAVE)
-            continue
+            if line.strip() and not _obeyed(line, conversation, face):
+                break
         except EOFError:
             break
-        if not line.strip():
-            continue
-        try:
-            if not _obeyed(line, conversation, face):
-                break
+        except KeyboardInterrupt:
+            face.say(HOW_TO_LEAVE)
         except Refusal as refusal:
             face.say(str(refusal))
     face.say("Goodbye, and take care of yourself too.")
@@ -252,7 +249,7 @@ class _Screen:
 
         growing = ""
         drawn_at = 0.0
-        with Live(console=self._answers, auto_refresh=False, transient=True) as live:
+        with _unseen_keys(), Live(console=self._answers, auto_refresh=False, transient=True) as live:
             try:
                 for piece in pieces:
                     growing += piece
@@ -269,6 +266,20 @@ class _Screen:
                 if growing.strip():
                     self._answers.print(Block(growing, _WIDEST))
                     self._answers.print()
+
+
+@contextlib.contextmanager
+def _unseen_keys() -> Iterator[None]:
+    """What is typed while an answer is drawn waits for the next question instead of tearing the drawing."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, [*before[:3], before[3] & ~termios.ECHO, *before[4:]])
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _keys() -> "KeyBindings":

@@ -20,6 +20,8 @@ from mlx_dpo.chat.terminal import GREETING, run
 from mlx_dpo.models.load import load
 from mlx_dpo.refusal import Refusal
 
+# From Python 3.12 on a fork beside MLX's threads warns; the child becomes another program at once.
+pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 DRIVER = """
 import json, sys
 from pathlib import Path

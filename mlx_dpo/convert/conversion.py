@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from mlx_dpo.storage import refuse_occupied, sha256_of, whole_folder
 _LIBRARIES = ("mlx", "mlx-lm", "transformers", "tokenizers", "gguf")
 
 
-def convert(source: str, out: Path, *, quantize: Quantize = "keep", dtype: Dtype = "keep") -> Iterator[Event]:
+def convert(
+    source: str, out: Path, *, quantize: Quantize = "keep", dtype: Dtype = "keep"
+) -> Generator[Event, None, None]:
     """Convert `source` to an MLX model folder `out`, check it and describe it in manifest.json; ends with Converted.
 
     `source`: a recipe's name, a Hub id with an optional @revision, a folder, or a .gguf file. Raises Refusal, and
@@ -70,7 +72,7 @@ def _converted(found: Source, staging: Path, out: Path, request: Request) -> Ite
 
 
 def _checked(opened: FolderSource | GgufSource, staging: Path, request: Request, where: str) -> tuple[Checks, str]:
-    result, tokenizer = verify.load_result(staging)
+    result, tokenizer = verify.load_result(staging, where)
     peer, peer_name = opened.token_peer()
     texts = verify.same_tokens(peer, tokenizer, peer_name)
     quantisation = described(read_json(staging / "config.json"), result)
@@ -106,13 +108,13 @@ def _comparable_ids(tokenizer: TokenizerWrapper, result: Module) -> list[int]:
 
 def _figures(source: Module, result: Module, ids: list[int], request: Request, where: str) -> verify.Figures:
     """The difference from the source as it is; what rounding to the result's types does not explain is refused."""
-    as_it_is = verify.logits(source, ids)
+    as_it_is = verify.logits(source, ids, where)
     exact = as_it_is
     if request.bits is None and verify.round_as(source, result):
-        exact = verify.logits(source, ids)
+        exact = verify.logits(source, ids, where)
     del source
     mx.clear_cache()
-    converted = verify.logits(verify.in_float32(result), ids)
+    converted = verify.logits(verify.in_float32(result), ids, where)
     if request.bits is None:
         own = verify.figures(exact, converted, where)
         if own.relative > verify.TOLERANCE:

@@ -22,8 +22,8 @@ from mlx_dpo.convert.huggingface import (
 from mlx_dpo.convert.quantize import dequantised, quantised, quantised_layers, recast
 from mlx_dpo.convert.request import Request
 from mlx_dpo.convert.rotations import use_rotations
-from mlx_dpo.convert.verify import Encode, in_float32, keep_first_layers
-from mlx_dpo.models.load import one_line, read_config, read_tokenizer
+from mlx_dpo.convert.verify import Encode, in_float32, keep_first_layers, not_whole
+from mlx_dpo.models.load import read_config, read_tokenizer
 from mlx_dpo.models.weights import read_json
 from mlx_dpo.refusal import Refusal
 
@@ -97,7 +97,7 @@ def opened(folder: Path, config: dict[str, Any], where: str) -> tuple[nn.Module,
     try:
         return load_model(folder, lazy=True, model_config=config)
     except Exception as error:
-        raise Refusal(f"{where} does not make a whole {config.get('model_type')} model: {one_line(error)}") from None
+        raise not_whole(where, config, error) from None
 
 
 def rewrite(folder: Path, config: dict[str, Any], out: Path, request: Request, where: str) -> None:
@@ -121,7 +121,9 @@ def rewrite(folder: Path, config: dict[str, Any], out: Path, request: Request, w
 
 def _pieces_of(processor: SentencePieceProcessor) -> Encode:
     apart = [
-        processor.id_to_piece(i) for i in range(processor.get_piece_size()) if processor.is_control(i)
+        processor.id_to_piece(place)
+        for place in range(processor.get_piece_size())
+        if processor.is_control(place) or processor.is_unknown(place)
     ]  # SentencePiece never finds these in a text, tokenizers always do
 
     def ids(text: str) -> list[int] | None:

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from mlx_dpo.convert.byte_level import BEGINNING_BY_DEFAULT, byte_level
 from mlx_dpo.convert.gguf import Gguf
-from mlx_dpo.convert.sentence_pieces import CONTROL, NORMAL, USER_DEFINED, Piece, Pieces, sentence_pieces
+from mlx_dpo.convert.sentence_pieces import APART, NORMAL, USER_DEFINED, Piece, Pieces, sentence_pieces
 from mlx_dpo.convert.tokenizer_files import Special, token_at, write_tokenizer
 from mlx_dpo.refusal import Refusal
 
@@ -48,7 +48,7 @@ def read_tokenizer(file: Gguf) -> GgufTokenizer:
             f"{where} has a tokenizer of the kind {kind}, and gpt2, llama and gemma are rebuilt here: "
             "convert the model from its safetensors."
         )
-    controls = frozenset(token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL)
+    controls = frozenset(token for token, type_ in zip(tokens, types, strict=True) if type_ in APART)
     return GgufTokenizer(tokenizer, _special(file, tokens, add_bos), controls, pieces)
 
 
@@ -62,7 +62,7 @@ def write_gguf_tokenizer(file: Gguf, read: GgufTokenizer, folder: Path) -> None:
 def add_tokens_apart(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
     """Have control and user-defined tokens found in a text before it is cut into words."""
     for token, type_ in zip(tokens, types, strict=True):
-        if type_ == CONTROL:
+        if type_ in APART:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif type_ == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])

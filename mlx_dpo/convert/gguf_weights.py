@@ -72,6 +72,11 @@ def packed_tensors(file: Gguf, config: dict[str, Any], keep: bool, dtype: mx.Dty
         if name is None:
             continue
         heads = _rotated_heads(tensor.name, file, config)
+        if heads and tensor.data.shape[0] % (2 * heads):
+            raise Refusal(
+                f"{file.path}: tensor {tensor.name} has {tensor.data.shape[0]} rows, which are not {heads} heads: "
+                "fetch the file again."
+            )
         bits = _BITS.get(tensor.tensor_type, 0) if keep and _can_stay(tensor) else 0
         if bits:
             yield Packed(name, _blocks(file, tensor, name.removesuffix(".weight"), heads), bits)

@@ -199,7 +199,7 @@ def _numbers(path: Path, name: str, tensor: _Tensor) -> mx.array:
     flat = np.memmap(path, dtype=dtype, mode="r", offset=tensor.storage.offset, shape=(tensor.storage.numbers,))
     strides = [stride * dtype.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(flat[tensor.start :], tensor.shape, strides, writeable=False)
-    whole = np.ascontiguousarray(view)
+    whole = np.array(view, order="C")
     if recast is None:
         return mx.array(whole)
     return mx.array(whole).view(recast) if kind == "<u2" else mx.array(whole.astype(np.float32))

@@ -102,7 +102,10 @@ def use_rotations(model: nn.Module, config: PretrainedConfig | None) -> bool:
         return False
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or [None] * len(layers)
-    made = [rotation(parameters.get(kind, parameters), head_dim) for kind in kinds[: len(layers)]]
+    try:
+        made = [rotation(parameters.get(kind, parameters), head_dim) for kind in kinds[: len(layers)]]
+    except (TypeError, ValueError, KeyError, ArithmeticError):
+        return False
     fits = [
         new is not None and getattr(layer.self_attn.rope, "dims", None) == new.rotated and not _is_interleaved(layer)
         for new, layer in zip(made, layers, strict=True)

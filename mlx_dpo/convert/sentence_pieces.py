@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from mlx_dpo.refusal import Refusal
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+APART = (UNKNOWN, CONTROL)  # found whole in a text by tokenizers and llama.cpp, and never by SentencePiece
 _SPACE = "▁"
 _BPE = 2
 
@@ -69,7 +70,7 @@ def sentence_pieces(vocabulary: Pieces, where: str) -> Tokenizer:
         ]
     )
     result.add_special_tokens(
-        [AddedToken(piece.text, special=True, normalized=False) for piece in vocabulary.pieces if piece.kind == CONTROL]
+        [AddedToken(piece.text, special=True, normalized=False) for piece in vocabulary.pieces if piece.kind in APART]
     )
     return result
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +12,7 @@ from mlx_lm.utils import dequantize_model, load_model
 
 from mlx_dpo import machine
 from mlx_dpo.convert.quantize import named_arrays, quantised_layers
-from mlx_dpo.models.load import one_line, read_config, read_tokenizer
+from mlx_dpo.models.load import read_config, read_tokenizer
 from mlx_dpo.refusal import Refusal
 
 AWKWARD_TEXTS = (
@@ -80,14 +80,23 @@ def passage_ids(tokenizer: TokenizerWrapper) -> list[int]:
     return list(tokenizer.encode(PASSAGE))[:_POSITIONS]
 
 
-def load_result(folder: Path) -> tuple[nn.Module, TokenizerWrapper]:
-    """Open a written folder as plain `mlx_lm.load` does; Refusal where that fails."""
+def load_result(folder: Path, where: str) -> tuple[nn.Module, TokenizerWrapper]:
+    """Open a written folder as plain `mlx_lm.load` does; Refusal, naming the source `where`, where that fails."""
     config = read_config(folder)
     try:
         model, config = load_model(folder, lazy=True)
     except Exception as error:
-        raise Refusal(f"The source does not make a whole {config['model_type']} model: {one_line(error)}") from None
+        raise not_whole(where, config, error) from None
     return model, read_tokenizer(folder, config)
+
+
+def not_whole(where: str, config: dict[str, Any], error: Exception) -> Refusal:
+    """The refusal of weights that do not make the model that their configuration describes."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return Refusal(
+        f"{where} does not hold a whole {config.get('model_type')} model that mlx-lm knows ({reason}): fetch it again, "
+        "or choose another model."
+    )
 
 
 def layers_that_fit(model: nn.Module) -> tuple[int, int]:
@@ -149,10 +158,14 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return None
 
 
-def logits(model: nn.Module, ids: Sequence[int]) -> np.ndarray:
-    """float32 logits of shape (positions, vocabulary)."""
-    result = model(mx.array(list(ids))[None])[0].astype(mx.float32)
-    mx.eval(result)
+def logits(model: nn.Module, ids: Sequence[int], where: str) -> np.ndarray:
+    """float32 logits of shape (positions, vocabulary); Refusal, naming the source, where they cannot be computed."""
+    try:
+        result = model(mx.array(list(ids))[None])[0].astype(mx.float32)
+        mx.eval(result)
+    except Exception as error:  # whatever settings of the wrong type or size make mlx-lm raise
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"The model of {where} cannot be evaluated ({reason}): its config.json is wrong.") from None
     return np.array(result)
 
 

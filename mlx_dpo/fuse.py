@@ -1,6 +1,5 @@
 """An adapter merged into its base for good, and the proof that the merged model still says what it said."""
 
-import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from mlx_dpo.data.examples import Example
 from mlx_dpo.data.reading import Splits, read, split_off
 from mlx_dpo.data.tokenised import tokenise
 from mlx_dpo.models.adapters import load_adapter
-from mlx_dpo.models.load import Loaded, load, training_dtype
+from mlx_dpo.models.load import Loaded, load, load_to_compute, on_cpu
 from mlx_dpo.models.weights import read_json
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import sha256_of, whole_folder
@@ -87,10 +86,8 @@ def run(options: FuseOptions, fallback: Path) -> Iterator[Event]:
         yield Phase("Loading the model and its adapter")
         storage = load(options.model)
         load_adapter(storage.model, options.adapter)
-        computing = storage
-        if (dtype := training_dtype(storage.model)) is not None:
-            computing = load(options.model, dtype)
-            load_adapter(computing.model, options.adapter)
+        computing = load_to_compute(options.model)
+        load_adapter(computing.model, options.adapter)
         pairs, source = _pairs(options, storage, fallback)
         yield Phase(f"Merging, and measuring on {len(pairs)} pairs of {source}")
         layers, formats, found = merge.Layers({}, {}), {}, None
@@ -204,15 +201,15 @@ def _in_words(formats: Mapping[str, Format]) -> str:
 
 
 def _computing(layers: merge.Layers, model: nn.Module) -> merge.Layers:
-    """The layers in the type that `model` computes in."""
+    """The layers in the form that `model` computes in: their own, or float32 and unpacked on the CPU."""
+    if not on_cpu():
+        return layers
     dtype = merge.storage_dtype(model)
-    return merge.Layers(*({name: _recast(layer, dtype) for name, layer in part.items()} for part in layers))
-
-
-def _recast(layer: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    recast = copy.copy(layer)  # shares the arrays; set_dtype then replaces those of another type
-    recast.set_dtype(dtype)
-    return recast
+    unpacked = (
+        {name: merge.stored(merge.plain_weight(layer), layer, FLOATING, dtype) for name, layer in part.items()}
+        for part in layers
+    )
+    return merge.Layers(*unpacked)
 
 
 def _write(

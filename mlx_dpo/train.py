@@ -20,7 +20,7 @@ from mlx_dpo.align.run import Run
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import CutCounts
 from mlx_dpo.models import adapters
-from mlx_dpo.models.load import load, read_config, training_dtype
+from mlx_dpo.models.load import load_to_compute, read_config
 from mlx_dpo.refusal import Refusal
 
 
@@ -42,9 +42,7 @@ def run(options: TrainOptions, stop: Callable[[], bool] = lambda: False) -> Iter
         return
     _refuse_too_large(plan, options)
     yield Phase("Loading the model", 0, 1)
-    loaded = load(options.model)
-    if (dtype := training_dtype(loaded.model)) is not None:
-        loaded = load(options.model, dtype)
+    loaded = load_to_compute(options.model)
     shape = attached(loaded, options)
     yield from Run(options, loaded, shape, examples, order, plan.steps).events(stop)
 

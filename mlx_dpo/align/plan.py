@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
+from mlx_dpo.models.load import on_cpu
 from mlx_dpo.models.memory import Load, peak_bytes
 from mlx_dpo.models.weights import weight_files
 
@@ -44,7 +43,7 @@ def planned(
     )
     weights = sum(file.stat().st_size for file in weight_files(options.model))
     steps = options.steps or order.steps(options.epochs)
-    peak = peak_bytes(config, weights, load, on_cpu=mx.default_device().type == mx.DeviceType.cpu)
+    peak = peak_bytes(config, weights, load, on_cpu=on_cpu())
     return Plan(
         pairs=len(train),
         held_out=len(valid),

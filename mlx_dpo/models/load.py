@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.weights import read_json, weight_files
 from mlx_dpo.refusal import Refusal
-
-_16_BIT = (mx.float16, mx.bfloat16)
 
 
 class Loaded(NamedTuple):
@@ -24,8 +22,8 @@ class Loaded(NamedTuple):
     folder: Path
 
 
-def load(folder: Path, dtype: mx.Dtype | None = None) -> Loaded:
-    """Load an MLX model folder; `dtype` recasts its floating-point numbers (the packed ones stay).
+def load(folder: Path) -> Loaded:
+    """Load an MLX model folder.
 
     Raises Refusal, naming the file, for anything that is not a whole model of a known architecture.
     """
@@ -37,8 +35,6 @@ def load(folder: Path, dtype: mx.Dtype | None = None) -> Loaded:
         raise
     except Exception as error:
         raise Refusal(f"{folder} cannot be loaded as a {config['model_type']} model: {one_line(error)}") from error
-    if dtype is not None:
-        model.set_dtype(dtype)
     mx.eval(model.parameters())
     return Loaded(model, read_tokenizer(folder, config), config, folder)
 
@@ -75,10 +71,23 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(model.layers)  # type: ignore[arg-type]
 
 
-def training_dtype(model: nn.Module) -> mx.Dtype | None:
-    """float32 for a 16-bit model on the CPU, where 16-bit products are 30 times slower; None keeps what is there."""
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return mx.float32 if on_cpu and compute_dtype(model) in _16_BIT else None
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def load_to_compute(folder: Path) -> Loaded:
+    """Load a model folder for long computations, in the form that this device multiplies fast.
+
+    On the CPU that is float32 with nothing packed (16-bit and packed products are some 30 times slower there), the
+    very numbers that the packed weights stand for; elsewhere it is the folder's own form.
+    """
+    loaded = load(folder)
+    if on_cpu():
+        loaded.model.set_dtype(mx.float32)
+        dequantize_model(loaded.model)
+        mx.eval(loaded.model.parameters())
+    return loaded
 
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:

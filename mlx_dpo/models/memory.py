@@ -70,16 +70,25 @@ def peak_bytes(config: dict[str, Any], weights: int, load: Load, *, on_cpu: bool
     text = config.get("text_config") or config
     hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
     depth, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
-    quantised = "quantization" in config
     is_float32 = (config.get("torch_dtype") or config.get("dtype")) == "float32"
     number = 4 if on_cpu or is_float32 else 2
-    if on_cpu and not quantised and not is_float32:
-        weights *= 2
+    vocabulary = int(config.get("vocab_size") or text.get("vocab_size") or 0)
+    if on_cpu:  # nothing is packed there: four bytes a parameter
+        block_weights = 2 * hidden * hidden + 2 * hidden * hidden * _kv_share(text) + 3 * hidden * inner
+        weights = round(4 * (depth * block_weights + vocabulary * hidden * (1 if _tied(config) else 2)))
     tokens = load.rows * load.length
     block = tokens * (_HIDDEN_COPIES * hidden + _INNER_COPIES * inner) * number
     block += load.rows * heads * load.length**2 * _SCORE_COPIES * number
     kept = depth * tokens * hidden * number + block if load.grad_checkpoint else depth * block
-    vocabulary = int(config.get("vocab_size") or text.get("vocab_size") or 0)
     logits = min(load.responses * vocabulary * 4, LOGIT_BYTES) * _LOGIT_COPIES
     adapter = depth * load.rank * (6 * hidden + 3 * (hidden + inner)) * 16
     return weights + adapter + kept + logits
+
+
+def _kv_share(text: dict[str, Any]) -> float:
+    heads = int(text["num_attention_heads"])
+    return int(text.get("num_key_value_heads") or heads) / heads
+
+
+def _tied(config: dict[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", config["model_type"].startswith(("llama", "gemma"))))

@@ -64,18 +64,22 @@ def fetched(repository: str, revision: str | None) -> Iterator[Event | Snapshot]
     where = "the local cache of the Hugging Face Hub (offline, as you set)" if offline else "the Hugging Face Hub"
     yield Phase(f"Fetching {repository}{f' at {revision}' if revision else ''} from {where}")
     asked = {"repo_id": repository, "revision": revision, "allow_patterns": list(_PATTERNS)}
-    last: dict[str, Any] = {}
-    for last in _answers(asked, offline):
-        if "total" in last:
-            yield Progress(last["done"], last["total"], "bytes")
-    if "folder" not in last:
-        raise _refusal(repository, revision, last)
-    folder = Path(last["folder"])
+    outcome: dict[str, Any] = {}
+    done = -1
+    for answer in _answers(asked, offline):
+        if "total" not in answer:
+            outcome = answer
+        elif answer["done"] > done:  # two bars count the same bytes, as received and as written
+            done = answer["done"]
+            yield Progress(done, answer["total"], "bytes")
+    if "folder" not in outcome:
+        raise _refusal(repository, revision, outcome)
+    folder = Path(outcome["folder"])
     yield Snapshot(folder, folder.name)
 
 
 def _answers(asked: dict[str, Any], offline: bool) -> Iterator[dict[str, Any]]:
-    environment = dict(os.environ)
+    environment = os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1"}
     if not offline:
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
             environment.pop(name, None)

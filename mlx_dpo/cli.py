@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
@@ -19,6 +19,9 @@ from cyclopts import App, Parameter  # noqa: E402
 
 from mlx_dpo import __version__  # noqa: E402
 from mlx_dpo.align.options import TrainOptions  # noqa: E402
+from mlx_dpo.chat.options import ChatOptions  # noqa: E402
+from mlx_dpo.convert.fuse_options import FuseOptions  # noqa: E402
+from mlx_dpo.demo import DemoOptions  # noqa: E402
 from mlx_dpo.refusal import Refusal  # noqa: E402
 
 app = App(
@@ -47,6 +50,97 @@ def train(options: Annotated[TrainOptions, Parameter(name="*")]) -> int:
     if isinstance(end, Finished):
         console.out.print(f"Adapter: {end.out}\nReport:  {end.report}\n({end.seconds / 60:.1f} minutes)")
     return 0
+
+
+@app.command
+def convert(
+    source: str,
+    /,
+    *,
+    out: Path,
+    quantize: Literal["keep", "none", "4", "6", "8"] = "keep",
+    dtype: Literal["keep", "float16", "bfloat16", "float32"] = "keep",
+) -> int:
+    """Bring a model's weights into MLX's format, and check the result against its source.
+
+    Parameters
+    ----------
+    source
+        A recipe's name (see mlx_dpo models), a Hub id with an optional @revision, a folder, or a .gguf file.
+    out
+        Folder for the converted model.
+    quantize
+        Keep the source's own blocks, none for floating point, or so many bits.
+    dtype
+        Floating-point type of what is not packed.
+    """
+    from mlx_dpo import console
+    from mlx_dpo.convert.conversion import convert as verb
+
+    end = console.show_conversion(verb(source, out, quantize=quantize, dtype=dtype))
+    if end is not None:
+        console.out.print(console.conversion_in_words(end), markup=False)
+    return 0
+
+
+@app.command
+def models() -> int:
+    """List the recipes: base models with a known source, what each needs, and whether it fits this machine."""
+    from mlx_dpo import console, machine
+    from mlx_dpo.models.recipes import recipes
+
+    console.out.print(console.recipes_table(recipes(), machine.describe()))
+    return 0
+
+
+@app.command
+def chat(question: str | None = None, /, *, options: Annotated[ChatOptions, Parameter(name="*")]) -> int:
+    """Talk with a model, or get one answer when a question is given or piped in.
+
+    Parameters
+    ----------
+    question
+        Answer this and leave.
+    """
+    from mlx_dpo.chat.terminal import run
+
+    return run(options, question)
+
+
+@app.command
+def fuse(options: Annotated[FuseOptions, Parameter(name="*")]) -> int:
+    """Merge an adapter into its model, and prove that the merged model still says what the adapter said."""
+    from mlx_dpo import console
+    from mlx_dpo import fuse as verb
+    from mlx_dpo.demo import PAIRS
+
+    end = console.show_fusing(verb.run(options, PAIRS / "valid.jsonl"))
+    if end is not None:
+        console.out.print(console.fusing_in_words(end), markup=False)
+    return 0
+
+
+@app.command
+def doctor(*, json: bool = False) -> int:
+    """Say what this machine is: memory, device, matrix products, libraries.
+
+    Parameters
+    ----------
+    json
+        Print one JSON object.
+    """
+    from mlx_dpo import console
+
+    console.show_machine(as_json=json)
+    return 0
+
+
+@app.command
+def demo(options: Annotated[DemoOptions | None, Parameter(name="*")] = None) -> int:
+    """Run the whole loop on a real small model: convert, train, compare, fuse, one turn of chat."""
+    from mlx_dpo.demo.loop import run
+
+    return run(options or DemoOptions())
 
 
 @app.meta.default

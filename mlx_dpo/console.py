@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar on standard error, results on standard output."""
 
+import json
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,9 +10,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from mlx_dpo import fuse, machine
 from mlx_dpo.align import events
 from mlx_dpo.align.plan import Plan
+from mlx_dpo.align.record import versions
+from mlx_dpo.convert import events as conversion
+from mlx_dpo.convert.fidelity import Fidelity
+from mlx_dpo.machine import Machine
+from mlx_dpo.models.recipes import Recipe
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -138,3 +146,91 @@ def evaluation_in_words(numbers: dict[str, Any]) -> str:
 def fail(sentence: str) -> None:
     """Print what went wrong on standard error."""
     print(f"mlx_dpo: {sentence}", file=sys.stderr)
+
+
+def show_conversion(happenings: Iterable[conversion.Event]) -> conversion.Converted | None:
+    """Show a conversion as it happens and return its end."""
+    end = None
+    with Progress(TextColumn("{task.description}"), BarColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        for event in happenings:
+            if isinstance(event, conversion.Phase):
+                err.print(event.text, markup=False)
+                bar.update(task, description="", total=None, completed=0)
+            elif isinstance(event, conversion.Progress):
+                bar.update(task, total=event.total, completed=event.done, description=event.unit)
+            else:
+                end = event
+    return end
+
+
+def conversion_in_words(end: conversion.Converted) -> str:
+    """What a conversion gave, and what its own check found."""
+    checks = end.checks
+    layers = f"all {checks.layers}" if checks.layers == checks.all_layers else f"{checks.layers} of {checks.all_layers}"
+    return (
+        f"Model: {end.folder} ({end.quantisation}; licence {end.licence or 'not known'})\n"
+        f"Check: {checks.texts} awkward texts give the same tokens as {checks.tokenizer_peer}; against "
+        f"{checks.logits_peer}, over {layers} layers, the logits differ by at most {checks.max_logit_difference:.2g} "
+        f"(mean KL {checks.mean_kl:.2g} nats, same likeliest token {checks.top_token_agreement:.0%})"
+    )
+
+
+def show_fusing(happenings: Iterable[fuse.Event]) -> fuse.Fused | None:
+    """Show a merge as it happens and return its end."""
+    end = None
+    for event in happenings:
+        if isinstance(event, fuse.Phase):
+            err.print(f"{event.text} …", markup=False)
+        elif isinstance(event, fuse.Measured):
+            out.print(f"{event.format}: {fidelity_in_words(event.fidelity)}", markup=False)
+        else:
+            end = event
+    return end
+
+
+def fusing_in_words(end: fuse.Fused) -> str:
+    """What a merge gave."""
+    return f"Merged model: {end.out} ({end.format}); it reads back with the same logits."
+
+
+def fidelity_in_words(found: Fidelity) -> str:
+    """How much of an adapter is left, in a line."""
+    return (
+        f"{found.survived:.0%} of the adapter's effect survives, KL {found.kl:.2g} nats a token, the likeliest token "
+        f"is the same in {found.agreement:.1%} of {found.tokens} tokens"
+    )
+
+
+def recipes_table(recipes: Iterable[Recipe], about: Machine) -> Table:
+    """The recipes with what each needs; a model fits where its weights take at most half of what may be used."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("Recipe", no_wrap=True)
+    for name in ("16 / 8 / 4 bit", "Fits here", "Licence", "Tried"):
+        table.add_column(name, overflow="fold")
+    for recipe in recipes:
+        sizes = {bits: recipe.memory(bits) for bits in (16, 8, 4)}
+        fitting = [bits for bits, size in sizes.items() if size * 2e9 <= about.memory_limit]
+        gated = " (gated)" if recipe.licence.gated else ""
+        table.add_row(
+            recipe.name,
+            " / ".join(f"{size:.1f}" for size in sizes.values()) + " GB",
+            f"at {fitting[0]} bit" if fitting else "no",
+            recipe.licence.name + gated,
+            "yes" if recipe.defaults.tried else "no",
+        )
+    return table
+
+
+def show_machine(*, as_json: bool) -> None:
+    """Print what this machine is."""
+    about = machine.describe()._asdict() | {"libraries": versions()}
+    if as_json:
+        print(json.dumps(about))
+        return
+    for name, value in about.items():
+        if isinstance(value, int) and name.startswith("memory"):
+            value = f"{value / 1e9:.1f} GB"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{library} {version}" for library, version in value.items())
+        out.print(f"{name.replace('_', ' ')}: {value}", markup=False)

@@ -3,9 +3,8 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +14,7 @@ from mlx_lm.utils import save_config, save_model
 from mlx_dpo.align import record
 from mlx_dpo.convert import fidelity, merge
 from mlx_dpo.convert.fidelity import Fidelity, Held
+from mlx_dpo.convert.fuse_options import FuseOptions
 from mlx_dpo.convert.merge import FLOATING, Format
 from mlx_dpo.data.examples import Example
 from mlx_dpo.data.reading import Splits, read, split_off
@@ -26,25 +26,15 @@ from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import sha256_of, whole_folder
 
 ENOUGH = 0.9  # of the adapter's effect has to survive
-_COPIED = ("*token*", "*.jinja", "vocab.*", "merges.txt", "generation_config.json", "special_tokens_map.json", "*.model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FuseOptions:
-    """What is merged into what, and what it is measured on."""
-
-    model: Path
-    """Folder of the base model that the adapter was trained on."""
-    adapter: Path
-    """Folder of the adapter."""
-    out: Path
-    """Folder for the merged model."""
-    quantize: Literal["keep", "none", "4", "6", "8"] = "keep"
-    """Number format: keep the base's own, none for 16 bit, or so many bits."""
-    data: Path | None = None
-    """Pairs to measure on. [default: the run's own held-out pairs, else pairs that come with mlx_dpo]"""
-    pairs: int = 16
-    """Measure on so many pairs."""
+_COPIED = (
+    "*token*",
+    "*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "*.model",
+)
 
 
 class Phase(NamedTuple):
@@ -212,9 +202,7 @@ def _computing(layers: merge.Layers, model: nn.Module) -> merge.Layers:
     return merge.Layers(*unpacked)
 
 
-def _write(
-    folder: Path, options: FuseOptions, merged: Loaded, formats: Mapping[str, Format], found: Measured
-) -> None:
+def _write(folder: Path, options: FuseOptions, merged: Loaded, formats: Mapping[str, Format], found: Measured) -> None:
     config = dict(read_json(options.model / "config.json"))
     config.pop("quantization_config", None)
     quantization = _quantization(merged.model, config.pop("quantization", None))
@@ -257,4 +245,3 @@ def _check_read_back(folder: Path, merged: Loaded, pair: Held) -> None:
     again = load(folder).model(tokens)
     if not mx.array_equal(again, merged.model(tokens)):
         raise Refusal("The merged model reads back differently from what was written: nothing was kept.")
-

@@ -54,7 +54,7 @@ def describe() -> Machine:
     import mlx.core as mx
 
     info = mx.device_info()
-    device = str(mx.default_device()).removeprefix("Device(").removesuffix(")")
+    device = mx.default_device().type.name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     recommended = int(info.get("max_recommended_working_set_size") or info.get("total_memory") or memory)
     return Machine(

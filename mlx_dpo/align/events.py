@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_dpo.align.plan import Plan
+from mlx_dpo.align.report import Sample
 
 
 class Phase(NamedTuple):
@@ -52,6 +53,7 @@ class Finished(NamedTuple):
     out: Path
     report: Path
     scores: dict[str, float]
+    samples: list[Sample]
     seconds: float
 
 

@@ -3,7 +3,8 @@
 from typing import Any, NamedTuple
 
 from mlx_dpo.align.options import TrainOptions
-from mlx_dpo.data.examples import Example
+from mlx_dpo.data.examples import Example, Turns
+from mlx_dpo.data.questions import read_questions
 from mlx_dpo.data.reading import fingerprint, read, split_off
 from mlx_dpo.data.tokenised import CutCounts, TokenisedPair, tokenise
 from mlx_dpo.models.load import read_tokenizer
@@ -11,11 +12,15 @@ from mlx_dpo.refusal import Refusal
 
 
 class Prepared(NamedTuple):
-    """Tokenised examples, the prompts to answer before and after, what was cut, and the data's hash."""
+    """Tokenised examples, the prompts to answer before and after, what was cut, and the data's hash.
+
+    `unseen` says whether the questions are other than the prompts that are trained on.
+    """
 
     train: list[TokenisedPair]
     valid: list[TokenisedPair]
-    questions: list[Example]
+    questions: list[Turns]
+    unseen: bool
     cut: CutCounts
     fingerprint: str
 
@@ -34,15 +39,20 @@ def prepared(options: TrainOptions, config: dict[str, Any]) -> Prepared:
     held_out = tokenise(valid, tokenizer, options.max_length)
     _refuse_foreign_tokens(learnt.items + held_out.items, config)
     cut = CutCounts(*(a + b for a, b in zip(learnt.cut, held_out.cut, strict=True)))
-    return Prepared(learnt.items, held_out.items, _questions(valid or train, options.samples), cut, fingerprint(train))
+    questions, unseen = _questions(options, train, valid)
+    return Prepared(learnt.items, held_out.items, questions, unseen, cut, fingerprint(train))
 
 
-def _questions(examples: list[Example], count: int) -> list[Example]:
-    """The first examples with prompts of their own."""
-    distinct: dict[str, Example] = {}
-    for example in examples:
-        distinct.setdefault(str(example.prompt), example)
-    return list(distinct.values())[:count]
+def _questions(options: TrainOptions, train: list[Example], valid: list[Example]) -> tuple[list[Turns], bool]:
+    """The first different prompts to answer, and whether none of them is trained on."""
+    if options.questions is not None:
+        prompts = read_questions(options.questions)
+    else:
+        prompts = [example.prompt for example in valid or train]
+    distinct = {str(prompt): prompt for prompt in reversed(prompts)}
+    first = list(distinct.values())[::-1][: options.samples]
+    trained = {str(example.prompt) for example in train}
+    return first, all(str(prompt) not in trained for prompt in first)
 
 
 def _split(options: TrainOptions) -> tuple[list[Example], list[Example]]:

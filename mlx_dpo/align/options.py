@@ -79,7 +79,9 @@ class TrainOptions:
     grad_checkpoint: bool = False
     """Keep less and compute more: about a third slower, for long texts in little memory."""
     samples: int = 3
-    """Held-out questions answered before and after, for the report."""
+    """Questions answered before and after, for the report."""
+    questions: Path | None = None
+    """JSONL file with a prompt a row to take those questions from. [default: the held-out prompts]"""
     sample_tokens: int = 160
     """Longest sample answer, in tokens."""
 

@@ -29,12 +29,12 @@ border-radius:8px;padding:10px 14px;white-space:pre-wrap}.pair b{display:block;c
 
 
 class Sample(NamedTuple):
-    """The same question answered before and after; `held_out` where it was not trained on."""
+    """The same question answered before and after; `unseen` where it was not trained on."""
 
     question: str
     before: str
     after: str
-    held_out: bool
+    unseen: bool
 
 
 def write(out: Path, page: str) -> Path:
@@ -124,8 +124,8 @@ def _samples(samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
     blocks = ["<h2>The same questions, before and after</h2>"]
-    if not samples[0].held_out:
-        blocks.append("<p>These questions were trained on, since no pairs were held out.</p>")
+    if not all(sample.unseen for sample in samples):
+        blocks.append("<p>Some of these questions were trained on.</p>")
     for sample in samples:
         blocks.append(f"<h3>{html.escape(sample.question)}</h3>")
         columns = (("Before", sample.before), ("After", sample.after))

@@ -134,20 +134,21 @@ class Run:
         }
         weights = adapters.adapter_weights(self.loaded.model)
         adapters.check_finite(weights, "The trained adapter")
-        report.write(out, report.page(self.options, self.metrics.rows, self._samples(after), facts))
+        samples = self._samples(after)
+        report.write(out, report.page(self.options, self.metrics.rows, samples, facts))
         adapters.save_adapter(out, weights, self.shape, str(self.options.model))
         record.write_manifest(out, facts)
-        yield Finished(out, out / report.REPORT, self.scores, time.perf_counter() - self.started)
+        yield Finished(out, out / report.REPORT, self.scores, samples, time.perf_counter() - self.started)
 
     def _answers(self) -> list[str]:
         self.loaded.model.eval()
-        prompts = [prompt_ids(self.loaded.tokenizer, example.prompt) for example in self.prepared.questions]
+        prompts = [prompt_ids(self.loaded.tokenizer, question) for question in self.prepared.questions]
         return greedy_answers(self.loaded, prompts, self.options.sample_tokens) if prompts else []
 
     def _samples(self, after: list[str]) -> list[report.Sample]:
         return [
-            report.Sample(example.prompt[-1]["content"], before, now, bool(self.prepared.valid))
-            for example, before, now in zip(self.prepared.questions, self.before, after, strict=True)
+            report.Sample(question[-1]["content"], before, now, self.prepared.unseen)
+            for question, before, now in zip(self.prepared.questions, self.before, after, strict=True)
         ]
 
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+from mlx_lm.utils import dequantize_model, get_total_parameters, load_model, load_tokenizer
 
+from mlx_dpo import machine
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.weights import read_json, weight_files
 from mlx_dpo.refusal import Refusal
@@ -80,10 +81,11 @@ def load_to_compute(folder: Path) -> Loaded:
     """Load a model folder for long computations, in the form that this device multiplies fast.
 
     On the CPU that is float32 with nothing packed (16-bit and packed products are some 30 times slower there), the
-    very numbers that the packed weights stand for; elsewhere it is the folder's own form.
+    very numbers that the packed weights stand for; elsewhere, and where memory is too small for that, it is the
+    folder's own form.
     """
     loaded = load(folder)
-    if on_cpu():
+    if on_cpu() and 4 * get_total_parameters(loaded.model) < machine.describe().memory_limit:
         loaded.model.set_dtype(mx.float32)
         dequantize_model(loaded.model)
         mx.eval(loaded.model.parameters())

@@ -1,0 +1,155 @@
+"""The whole loop on a small real model: convert, train, compare, fuse, one turn of chat."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+from rich.markup import escape
+from rich.table import Table
+
+from mlx_dpo import console, fuse, machine, train
+from mlx_dpo.align.events import Finished, Interrupted
+from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.chat.engine import open_conversation
+from mlx_dpo.chat.options import Sampling
+from mlx_dpo.convert.conversion import convert
+from mlx_dpo.convert.events import Converted
+from mlx_dpo.convert.fuse_options import FuseOptions
+from mlx_dpo.data.questions import read_questions
+from mlx_dpo.demo import PAIRS, DemoOptions
+from mlx_dpo.refusal import Refusal
+from mlx_dpo.storage import refuse_occupied
+
+_RECIPE = "smollm2-135m-instruct"
+_TERAFLOP = 62.0  # of matrix products in the whole run, forward, backward and in generation
+_SHARE = 0.45  # of the speed of one large product that the run as a whole reached where it was measured
+_OVERHEAD = 60.0  # seconds that do not depend on the products: loading, hashing, writing
+_SLOW = 15 * 60.0  # seconds; beyond that the demo trains less
+
+
+def run(options: DemoOptions) -> int:
+    """Run the demo, printing as it goes, and return the exit status."""
+    started = time.perf_counter()
+    out = options.out or _free_folder(Path("runs"))
+    refuse_occupied(out)
+    steps = _announced(options)
+    _heading("1. Convert")
+    _converted(out / "model")
+    _heading("2. Train, and compare")
+    end = _trained(out, steps)
+    if not isinstance(end, Finished):
+        return 130
+    _compared(end)
+    _heading("3. Fuse, and prove it")
+    _fused(out)
+    _heading("4. Ask the fused model")
+    _asked(out / "fused")
+    minutes = (time.perf_counter() - started) / 60
+    console.out.print(f"\nDone in {minutes:.1f} minutes. To go on talking with it:")
+    console.out.print(f"  mlx_dpo chat --model {out / 'fused'}")
+    console.out.print(f"Report: {end.report.absolute()}")
+    return 0
+
+
+def _free_folder(parent: Path) -> Path:
+    names = (parent / ("demo" if number == 1 else f"demo-{number}") for number in range(1, 10_000))
+    return next(folder for folder in names if not folder.exists())
+
+
+def _announced(options: DemoOptions) -> int | None:
+    """Say what will happen and about how long it takes; return the number of steps, None for two epochs."""
+    about = machine.describe()
+    speed = product_speed()
+    seconds = _OVERHEAD + 1e12 * _TERAFLOP / (speed * _SHARE)
+    short = options.quick or seconds > _SLOW
+    console.out.print(
+        "This runs the whole loop on SmolLM2-135M-Instruct: convert, train, compare, fuse, chat.\n"
+        f"Machine: {about.name}, {about.cores} cores, {about.memory / 1e9:.0f} GB; {about.device}, {about.blas}; "
+        f"{speed / 1e9:.0f} GFLOP/s."
+    )
+    if options.quick:
+        console.out.print("Quick: four steps only.")
+    elif short:
+        console.out.print(f"All of it would take about {seconds / 60:.0f} minutes here, so it trains four steps only.")
+    else:
+        console.out.print(f"It takes about {max(1, round(seconds / 60))} minutes here.")
+    return 4 if short else None
+
+
+def product_speed(size: int = 1024) -> float:
+    """Floating-point operations a second of a float32 matrix product on MLX's device."""
+    a = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(a @ a)
+    started = time.perf_counter()
+    mx.eval([a @ (a + i) for i in range(4)])
+    return 4 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _heading(text: str) -> None:
+    console.out.print(f"\n[bold]{text}[/bold]")
+
+
+def _converted(folder: Path) -> None:
+    end = console.show_conversion(convert(_RECIPE, folder))
+    if isinstance(end, Converted):
+        console.out.print(console.conversion_in_words(end))
+
+
+def _trained(out: Path, steps: int | None) -> Finished | Interrupted | None:
+    options = TrainOptions(
+        model=out / "model",
+        data=PAIRS,
+        out=out / "adapter",
+        epochs=2,
+        steps=steps,
+        sft_weight=1.0,
+        learning_rate=5e-4,
+        warmup=0.1,
+        schedule="cosine",
+        batch_size=4,
+        samples=6,
+        questions=PAIRS / "questions.jsonl",
+        sample_tokens=96 if steps is None else 24,
+    )
+    with console.StopRequest().listening() as stop:
+        end = console.show_training(train.run(options, stop))
+    if isinstance(end, Interrupted):
+        console.out.print(f"Stopped after step {end.steps_done}. To go on with the training: {end.command}")
+    return end
+
+
+def _compared(end: Finished) -> None:
+    table = Table(show_lines=True, expand=True)
+    for name in ("Question (not trained on)", "Before", "After"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for sample in end.samples:
+        table.add_row(escape(sample.question), escape(sample.before), escape(sample.after))
+    console.out.print(table)
+    scores = end.scores
+    moved = scores["eval_logps/chosen"] - scores["eval_logps/chosen_reference"]
+    console.out.print(
+        f"Held-out reward accuracy: {scores['eval_rewards/accuracies']:.0%} of {scores['eval_pairs']} pairs "
+        f"(95% interval {scores['eval_rewards/accuracies_low']:.0%} to {scores['eval_rewards/accuracies_high']:.0%}).\n"
+        f"Log-probability of the held-out chosen answers: {moved:+.1f} nats on average "
+        f"({'up' if moved >= 0 else 'down'}; a fall would mean that the model forgets how to give them)."
+    )
+
+
+def _fused(out: Path) -> None:
+    options = FuseOptions(model=out / "model", adapter=out / "adapter", out=out / "fused", pairs=8)
+    end = console.show_fusing(fuse.run(options, PAIRS / "valid.jsonl"))
+    if end is not None:
+        console.out.print(console.fusing_in_words(end))
+
+
+def _asked(model: Path) -> None:
+    questions: Iterator = iter(read_questions(PAIRS / "questions.jsonl"))
+    question = next(questions)[-1]["content"]
+    conversation = open_conversation(model, None, Sampling(temperature=0.0, max_tokens=96))
+    console.out.print(f"> {question}", markup=False)
+    answer = conversation.answer(question)
+    if not answer.text.strip():
+        raise Refusal(f"The fused model in {model} says nothing: look at the report, and train again.")
+    console.out.print(answer.text.strip(), markup=False)
+    console.out.print("(A model this small has a tone, not knowledge: do not rely on what it says.)")

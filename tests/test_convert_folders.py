@@ -12,40 +12,17 @@ import numpy as np
 import pytest
 import tiny
 import tiny_gguf
+from conversions import converted, logits, refusal
 from goldens.make_convert import IDS, MODELS
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig
 
 from mlx_dpo.convert import folder_source, huggingface, verify
-from mlx_dpo.convert.conversion import convert
-from mlx_dpo.convert.events import Converted
 from mlx_dpo.convert.rotations import use_rotations
 from mlx_dpo.models.load import load
-from mlx_dpo.refusal import Refusal
 
 GOLDENS = Path(__file__).parent / "goldens" / "convert"
 Folder = Callable[[str], Path]
-
-
-def converted(source: Path, out: Path, **options: Any) -> Converted:
-    last = list(convert(str(source), out, **options))[-1]
-    assert isinstance(last, Converted)
-    return last
-
-
-def refusal(source: Path, out: Path, **options: Any) -> str:
-    with pytest.raises(Refusal) as caught:
-        list(convert(str(source), out, **options))
-    assert not out.exists()
-    assert [path for path in out.parent.iterdir() if ".part-" in path.name] == []
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def logits(folder: Path, ids: list[int] = IDS) -> np.ndarray:
-    loaded: Any = mlx_lm.load(str(folder))
-    loaded[0].set_dtype(mx.float32)
-    return np.array(loaded[0](mx.array([ids]))[0])
 
 
 @pytest.fixture
@@ -69,7 +46,7 @@ def test_the_converted_model_is_the_model(
     family: str, tiny_folder: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     done = converted(tiny_folder(family), tmp_path / "out")
-    assert np.array_equal(logits(tmp_path / "out"), logits(tiny_folder(family)))
+    assert np.array_equal(logits(tmp_path / "out", IDS), logits(tiny_folder(family), IDS))
     assert done.checks.max_logit_difference < 1e-3
     assert done.checks.top_token_agreement == 1
     assert capfd.readouterr() == ("", "")
@@ -82,19 +59,19 @@ def test_what_transformers_5_wrote_gives_the_logits_that_pytorch_gave(family: st
     tiny.write_tokenizer(source)
     converted(source, tmp_path / "out")
     expected = np.load(source / "logits.npy")
-    assert np.abs(logits(tmp_path / "out") - expected).max() < 1e-3 * np.abs(expected).max()
+    assert np.abs(logits(tmp_path / "out", IDS) - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_both_generations_of_configurations_give_one_model(family: str, copied: Folder, tmp_path: Path):
     source = copied(family)
-    before = logits(source)
+    before = logits(source, IDS)
     AutoConfig.from_pretrained(source).save_pretrained(source)
     written = json.loads((source / "config.json").read_text())
     inner = written.get("text_config", written)
     assert "rope_parameters" in inner
     converted(source, tmp_path / "out")
-    assert np.array_equal(logits(tmp_path / "out"), before)
+    assert np.array_equal(logits(tmp_path / "out", IDS), before)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "mistral", "gemma3_text", "gemma3"])
@@ -148,7 +125,7 @@ def test_only_the_models_own_files_are_taken_along(copied: Folder, tmp_path: Pat
 
 def test_shards_are_put_together(copied: Folder, tmp_path: Path):
     source = copied("llama")
-    before = logits(source)
+    before = logits(source, IDS)
     weights: Any = mx.load(str(source / "model.safetensors"))
     (source / "model.safetensors").unlink()
     names = sorted(weights)
@@ -157,7 +134,7 @@ def test_shards_are_put_together(copied: Folder, tmp_path: Path):
     index = {n: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, n in enumerate(names)}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     converted(source, tmp_path / "out")
-    assert np.array_equal(logits(tmp_path / "out"), before)
+    assert np.array_equal(logits(tmp_path / "out", IDS), before)
     (source / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002" in refusal(source, tmp_path / "again")
 
@@ -188,7 +165,7 @@ def test_rows_that_64_does_not_divide_get_groups_of_32(tmp_path: Path):
     # rows of 32 numbers, except where 64 come in: down from the inner size, and out of four heads of 16
     assert (settings["group_size"], settings["model.layers.0.mlp.down_proj"]["group_size"]) == (32, 64)
     assert done.quantisation == "4 bit (group 32), 4 bit (group 64)"
-    assert logits(tmp_path / "out").shape == (len(IDS), 400)
+    assert logits(tmp_path / "out", IDS).shape == (len(IDS), 400)
 
 
 def test_a_quantised_source_is_kept_undone_and_done_anew(tiny_folder: Folder, tmp_path: Path):
@@ -260,89 +237,6 @@ def test_other_tokens_than_the_sources_are_refused(
 
     monkeypatch.setattr(folder_source, "copy_texts", lossy)
     assert "other token ids" in refusal(tiny_folder("llama"), tmp_path / "out")
-
-
-def _with_nan(source: Path) -> None:
-    weights: Any = mx.load(str(source / "model.safetensors"))
-    name = "model.layers.1.mlp.up_proj.weight"
-    weights[name] = mx.where(mx.arange(64) == 3, mx.nan, weights[name])
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-
-
-def _cut(source: Path) -> None:
-    path = source / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _without_a_layer(source: Path) -> None:
-    weights: Any = mx.load(str(source / "model.safetensors"))
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-
-
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "NaN": (_with_nan, "not finite"),
-    "cut off": (_cut, "model.safetensors"),
-    "a layer short": (_without_a_layer, "up_proj"),
-    "no configuration": (lambda s: (s / "config.json").unlink(), "config.json"),
-    "no weights": (lambda s: (s / "model.safetensors").unlink(), "safetensors"),
-    "no tokenizer": (lambda s: (s / "tokenizer.json").unlink(), "tokenizer"),
-    "configuration no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json"),
-    "unknown model": (lambda s: changed(s / "config.json", model_type="martian"), "martian"),
-    "runs code": (lambda s: changed(s / "config.json", model_file="evil.py"), "evil.py"),
-    "tokenizer runs code": (
-        lambda s: changed(s / "tokenizer_config.json", auto_map={"AutoTokenizer": "x.X"}),
-        "auto_map",
-    ),
-    "other sizes": (lambda s: changed(s / "config.json", intermediate_size=256), "llama"),
-    "sizes no numbers": (lambda s: changed(s / "config.json", num_hidden_layers="two"), "llama"),
-    "rope no numbers": (lambda s: changed(s / "config.json", rope_parameters={"rope_theta": "x"}), ""),
-    "an adapter": (lambda s: (s / "config.json").rename(s / "adapter_config.json"), "adapter"),
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_folder_is_refused_in_one_sentence(what: str, copied: Folder, tmp_path: Path):
-    damage, said = BROKEN[what]
-    source = copied("llama")
-    damage(source)
-    assert said in refusal(source, tmp_path / "out")
-
-
-def test_a_tokenizer_of_another_model_is_refused(copied: Folder, tmp_path: Path):
-    source = copied("llama")
-    weights: Any = mx.load(str(source / "model.safetensors"))
-    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:50]
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-    changed(source / "config.json", vocab_size=50)
-    assert "belong together" in refusal(source, tmp_path / "out")
-
-
-def test_an_occupied_or_impossible_place_is_refused(tiny_folder: Folder, tmp_path: Path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    for out in ("full", "file", "file/below"):
-        with pytest.raises(Refusal, match="file" if "file" in out else "full"):
-            list(convert(str(tiny_folder("llama")), tmp_path / out))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
-
-
-def test_nothing_is_left_where_the_conversion_is_given_up(tiny_folder: Folder, tmp_path: Path):
-    running = convert(str(tiny_folder("llama")), tmp_path / "out")
-    for event in running:
-        if "Comparing" in getattr(event, "text", ""):
-            break
-    assert len(list(tmp_path.iterdir())) == 1
-    running.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_source_that_is_nothing_is_refused_with_what_there_is(tmp_path: Path):
-    for source in ("./nothing-here", "a/b/c", "missing.gguf", "no such thing"):
-        assert "smollm2-135m-instruct" in refusal(Path(source), tmp_path / "out")
-    (tmp_path / "notes.txt").write_text("text")
-    assert "GGUF" in refusal(tmp_path / "notes.txt", tmp_path / "out")
 
 
 def test_a_model_that_does_not_fit_is_checked_as_far_as_it_does(

@@ -70,6 +70,18 @@ def test_every_kind_of_number_that_torch_saves_is_read(tmp_path: Path):
         assert np.array_equal(np.array(read[name].astype(mx.float32)), expected), name
 
 
+def test_k_quants_are_what_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers import AutoModelForCausalLM
+
+    wide = tiny.FAMILIES["llama"] | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    monkeypatch.setitem(tiny.FAMILIES, "wide", wide)
+    file = tiny_gguf.write(tmp_path / "m.gguf", tiny.write_model(tmp_path / "wide", "wide"), Kind.Q4_K)
+    list(convert(str(file), tmp_path / "out", dtype="float32"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert close(logits(tmp_path / "out"), theirs(torch.tensor([IDS])).logits[0].numpy())
+
+
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
 @pytest.mark.parametrize("family", ["llama", "mistral"])  # for others transformers leaves hyperparameters unread
 def test_a_gguf_file_gives_the_logits_and_tokens_that_transformers_reads_from_it(

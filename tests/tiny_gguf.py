@@ -61,7 +61,7 @@ def write(
         if architecture == "gemma3" and "norm" in name:
             values = values + 1
         used = kind if values.ndim == 2 else Kind.F32
-        data = values if used == Kind.F32 else quantize(values, used)
+        data = values if used == Kind.F32 else blocks(values, used)
         writer.add_tensor(gguf_name(name, architecture), data, raw_dtype=None if used == Kind.F32 else used)
     if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_rope_factors(config).astype(np.float32))
@@ -70,6 +70,16 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def blocks(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """The values in blocks; random blocks for K-quants, which the gguf package reads and does not write."""
+    if kind != Kind.Q4_K:
+        return quantize(values, kind)
+    rows, columns = values.shape
+    made = np.random.default_rng(rows).integers(0, 256, (rows, columns // 256, 144), dtype=np.uint8)
+    made[..., 0:4] = np.array([2e-4, 1e-3], dtype=np.float16).view(np.uint8)  # scale of scales, scale of minima
+    return made.reshape(rows, -1)
 
 
 def gguf_name(name: str, architecture: str) -> str:

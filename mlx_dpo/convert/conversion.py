@@ -48,8 +48,11 @@ def convert(
         with whole_folder(out) as staging:
             yield from _converted(found, staging, out, request)
     except OSError as error:
-        place = error.filename or out
-        raise Refusal(f"{place}: {error.strerror or one_line(error)}; choose another --out, or make room.") from error
+        place = error.filename if error.filename and ".part-" not in str(error.filename) else out
+        raise Refusal(
+            f"{place}: {error.strerror or one_line(error)}: see that {source} can be read, and that there is room and "
+            f"permission to write {out}."
+        ) from error
 
 
 def _converted(found: Source, staging: Path, out: Path, request: Request) -> Iterator[Event]:

@@ -34,6 +34,10 @@ def model_folder(folder: Path, scratch: Path) -> Path:
     """
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise Refusal(f"{folder} is an adapter and no model: give the folder of a base model.")
+    if not (folder / "config.json").exists():
+        inside = sorted(folder.glob("*.gguf"))
+        instead = f"the file {inside[0]}" if inside else "a folder with config.json, weights and tokenizer"
+        raise Refusal(f"{folder} holds no config.json, so it is no model folder: give {instead}.")
     read_config(folder)
     settings = folder / "tokenizer_config.json"
     if settings.exists() and "auto_map" in read_json(settings):

@@ -33,7 +33,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, special: Special, settin
             pair=f"{before}$A{after} {before}$B{after}",
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in used],
         )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     named = {"bos_token": special.bos, "eos_token": special.eos, "unk_token": special.unk, "pad_token": special.pad}
     written = {
         "tokenizer_class": "PreTrainedTokenizerFast",

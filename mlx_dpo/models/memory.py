@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.load import blocks
@@ -34,8 +35,11 @@ def recomputed_blocks(model: nn.Module) -> Iterator[None]:
 def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         outside = self.trainable_parameters()
+        high, low = np.array(mx.random.state).ravel().tolist()
 
         def inner(parameters: dict, *args: Any, **kwargs: Any) -> Any:
+            # Dropout has to draw the same the second time, or the gradient belongs to another network.
+            mx.random.seed(high << 32 | low)
             self.update(parameters)
             return kind.__call__(self, *args, **kwargs)
 

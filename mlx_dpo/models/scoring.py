@@ -52,17 +52,16 @@ class Parts(NamedTuple):
 def parts(model: nn.Module) -> Parts | None:
     """Cut a model before its head, or None where the two halves together do not equal the whole.
 
-    mlx-lm's models mostly are head(trunk(ids)), tied or not; the cut is tried on a few tokens, not assumed.
+    mlx-lm's models mostly are head(trunk(ids)), tied or not; the cut is tried on a few tokens, not assumed. A head
+    with an adapter of its own is not cut off: recomputed in chunks it would get no gradient.
     """
     core = model.get("language_model", model)
     if "model" not in core:
         return None
     trunk = core["model"]
-    if "lm_head" in core:
-        head = core["lm_head"]
-    elif hasattr(trunk, "embed_tokens") and hasattr(trunk.embed_tokens, "as_linear"):
-        head = trunk.embed_tokens.as_linear
-    else:
+    last = core["lm_head"] if "lm_head" in core else trunk.get("embed_tokens", {})
+    head = last if "lm_head" in core else getattr(last, "as_linear", None)
+    if head is None or "lora_a" in last:
         return None
     probe = mx.array([[0, 1, 2, 3]])
     whole = model(probe)

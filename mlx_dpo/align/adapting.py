@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
 from mlx_dpo.align import record
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.models import adapters
@@ -44,6 +47,9 @@ def attached(loaded: Loaded, options: TrainOptions) -> adapters.AdapterShape:
     record.refuse_other_base(options.adapter, options.model)
     adapters.load_adapter(loaded.model, options.adapter)
     adapters.set_dropout(loaded.model, dropout)
+    # Learnt in float32, however it was stored: smaller numbers would lose the small updates.
+    wide = {name: value.astype(mx.float32) for name, value in adapters.adapter_weights(loaded.model).items()}
+    loaded.model.update(tree_unflatten(list(wide.items())))
     return replace(adapters.read_shape(options.adapter), dropout=dropout)
 
 

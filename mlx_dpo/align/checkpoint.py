@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo.models.arrays import read_arrays
+from mlx_dpo.models.arrays import read_arrays, write_arrays
 from mlx_dpo.models.weights import check_safetensors
 from mlx_dpo.refusal import Refusal
 
@@ -23,23 +22,27 @@ class Checkpoint(NamedTuple):
     numbers: dict[str, Any]
 
 
+class Found(NamedTuple):
+    """The newest whole checkpoint, its file, and the newer ones that are damaged and were passed over."""
+
+    state: Checkpoint
+    path: Path
+    damaged: list[Path]
+
+
 def save(folder: Path, step: int, state: Checkpoint) -> Path:
     """Write the checkpoint of `step`, durably, and drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
-    partial = folder / f".part-step-{step:08d}.safetensors"
-    metadata = {"numbers": json.dumps(state.numbers), "sha256": _digest(state.arrays)}
-    mx.save_safetensors(str(partial), state.arrays, metadata=metadata)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    for old in _newest_first(folder)[_KEPT:]:
+    write_arrays(path, state.arrays, {"numbers": json.dumps(state.numbers), "sha256": _digest(state.arrays)})
+    killed_while_writing = list(folder.glob(".part-step-*"))
+    for old in _newest_first(folder)[_KEPT:] + killed_while_writing:
         old.unlink()
     return path
 
 
-def newest(folder: Path) -> tuple[Checkpoint, Path, list[Path]] | None:
-    """The newest whole checkpoint, its path, and the damaged ones passed over; None where there is none.
+def newest(folder: Path) -> Found | None:
+    """The newest whole checkpoint; None where there is none.
 
     Raises Refusal where all that are there are damaged.
     """
@@ -47,7 +50,7 @@ def newest(folder: Path) -> tuple[Checkpoint, Path, list[Path]] | None:
     for path in _newest_first(folder):
         state = _read(path)
         if state is not None:
-            return state, path, damaged
+            return Found(state, path, damaged)
         damaged.append(path)
     if damaged:
         raise Refusal(f"{damaged[0]} and every older checkpoint is damaged: start anew with another --out.")

@@ -13,8 +13,8 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from mlx_dpo.models.arrays import named_arrays, read_arrays
-from mlx_dpo.models.load import blocks, one_line
+from mlx_dpo.models.arrays import named_arrays, read_arrays, write_arrays
+from mlx_dpo.models.load import blocks
 from mlx_dpo.models.weights import check_safetensors, read_json
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import write_whole
@@ -67,11 +67,15 @@ def _names(target: str, key: str) -> bool:
 
 
 def attach(model: nn.Module, shape: AdapterShape, seed: int) -> None:
-    """Freeze `model` and put fresh adapters into it: A uniform in ±1/√in from `seed` alone, B zero."""
+    """Freeze `model` and put fresh adapters into it: A uniform in ±1/√in from `seed` alone, B zero.
+
+    As after `load_adapter`, dropout is off until `model.train()`.
+    """
     model.freeze()
     mx.random.seed(seed)
     with _one_line_errors("The adapter does not fit this model"):
         linear_to_lora_layers(model, shape.layers, _mlx_lm_parameters(shape))
+    model.eval()
     mx.eval(model.parameters())
 
 
@@ -84,7 +88,9 @@ def _one_line_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise Refusal(f"{what}: {one_line(error)}") from error
+        # Of the tensors that do not fit, mlx-lm names each on a line of its own; the last will do.
+        last_line = (str(error).splitlines() or [type(error).__name__])[-1]
+        raise Refusal(f"{what}: {last_line.strip()}") from error
 
 
 def read_shape(folder: Path) -> AdapterShape:
@@ -136,6 +142,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     model.freeze()
     with _one_line_errors(f"The adapter {folder} does not fit this model"):
         load_adapters(model, str(folder))
+    model.eval()  # the layers that mlx-lm puts in come with dropout on
     given, _ = read_arrays(folder / WEIGHTS)
     wanted = adapter_weights(model)
     missing = sorted(wanted.keys() - given.keys())
@@ -149,6 +156,7 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
     for _, module in model.named_modules():
         if isinstance(module, _LORA):
             module.dropout = nn.Dropout(p=dropout)
+            module.train(module.training)
 
 
 def check_finite(weights: dict[str, mx.array], where: str) -> None:
@@ -164,17 +172,15 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
 
 
 def save_adapter(folder: Path, weights: dict[str, mx.array], shape: AdapterShape, model: str) -> None:
-    """Write `weights` as mlx-lm reads them; each file is replaced whole."""
+    """Write `weights` as mlx-lm reads them, configuration first; each file is replaced whole."""
     config = {
         "fine_tune_type": "lora",
         "num_layers": shape.layers,
         "lora_parameters": _mlx_lm_parameters(shape),
         "model": model,
     }
-    partial = folder / f".{WEIGHTS.removesuffix('.safetensors')}.part.safetensors"
-    mx.save_safetensors(str(partial), weights, metadata={"format": "mlx"})
-    partial.replace(folder / WEIGHTS)
     write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_arrays(folder / WEIGHTS, weights, {"format": "mlx"})
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """MLX's trees and files as plain dictionaries of arrays, with their types."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +18,15 @@ def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The arrays and the metadata of a safetensors file, which has to be checked before."""
     arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
     return arrays, metadata  # type: ignore[return-value]
+
+
+def write_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically and durably: readers see the old file or the new one."""
+    partial = path.with_name(f".part-{path.name}")
+    try:
+        mx.save_safetensors(str(partial), dict(arrays), metadata=dict(metadata))
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

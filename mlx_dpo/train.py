@@ -19,7 +19,6 @@ from mlx_dpo.align.plan import Plan, planned
 from mlx_dpo.align.run import Run
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import CutCounts
-from mlx_dpo.models import adapters
 from mlx_dpo.models.load import load_to_compute, read_config
 from mlx_dpo.refusal import Refusal
 
@@ -37,6 +36,7 @@ def run(options: TrainOptions, stop: Callable[[], bool] = lambda: False) -> Iter
     yield from _cut_note(examples.cut, options)
     order = Order(len(examples.train), options.batch_size, options.grad_accumulation, options.seed, options.shuffle)
     plan = planned(options, config, examples.train, examples.valid, order)
+    _refuse_endless_warmup(options, plan.steps)
     yield Planned(plan)
     if options.dry_run:
         return
@@ -52,7 +52,7 @@ def _check_out(options: TrainOptions) -> None:
     if out.resolve() == options.model.resolve():
         raise Refusal("--out is the model's own folder: choose another, so that the model stays as it is.")
     if options.resume:
-        if (out / adapters.WEIGHTS).exists():
+        if (out / record.MANIFEST).exists():
             raise Refusal(f"The run in {out} is finished: there is nothing to resume.")
         record.refuse_other_options(out, as_toml(options))
     elif (out / record.RUN).exists():
@@ -70,10 +70,18 @@ def _cut_note(cut: CutCounts, options: TrainOptions) -> Iterator[Note]:
         )
 
 
+def _refuse_endless_warmup(options: TrainOptions, steps: int) -> None:
+    if options.warmup >= 1 and options.warmup > steps:
+        raise Refusal(
+            f"--warmup {options.warmup:g} is longer than the whole run ({steps} steps): give fewer steps, or a share "
+            "below 1."
+        )
+
+
 def _refuse_too_large(plan: Plan, options: TrainOptions) -> None:
     limit = options.memory_limit or machine.describe().memory_limit / 1e9
     if plan.memory_gb > limit:
         raise Refusal(
-            f"The run would take about {plan.memory_gb:.1f} GB and {limit:.1f} GB may be used: lower --batch-size or "
+            f"The run would take about {plan.memory_gb:.2g} GB and {limit:.2g} GB may be used: lower --batch-size or "
             "--max-length, add --grad-checkpoint, or raise --memory-limit."
         )

@@ -52,10 +52,11 @@ def refuse_other_options(out: Path, options: dict[str, Any]) -> None:
 class Metrics:
     """metrics.jsonl: one JSON object a line, appended as the run goes."""
 
-    def __init__(self, out: Path, steps_done: int):
-        """Continue the file after `steps_done` steps; rows of later steps, which are not in a checkpoint, go."""
+    def __init__(self, out: Path, steps_done: int, steps: int):
+        """Continue the file after `steps_done` of `steps` steps; rows that are going to be written again go."""
         self.path = out / METRICS
         kept = [row for row in read_metrics(out) if row["step"] <= steps_done]
+        kept = [row for row in kept if row["step"] < steps or "loss" in row]  # the end is evaluated again
         write_whole(self.path, _lines(kept))
         self.rows: list[dict[str, Any]] = kept
 
@@ -98,6 +99,21 @@ def refuse_other_base(adapter: Path, model: Path) -> None:
             f"The adapter {adapter} was trained on other weights than {model} holds: give the model folder it was "
             "trained on."
         )
+
+
+def origin(model: Path, adapter: Path | None, data: str) -> dict[str, Any]:
+    """What a run begins with, by hash: the model's weights, the start adapter's if any, and the data's."""
+    start = sha256_of(adapter / WEIGHTS) if adapter else None
+    return {"model": sorted(base_hashes(model).values()), "adapter": start, "data": data}
+
+
+def refuse_other_origin(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise Refusal, naming the option, where a resumed run's files are not those that it was begun with."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise Refusal(
+                f"--{name} does not hold what this run was begun with: restore it, or start anew in another --out."
+            )
 
 
 def base_facts(model: Path) -> dict[str, Any]:

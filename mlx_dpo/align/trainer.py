@@ -4,8 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,8 +14,9 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_dpo.align import objectives
 from mlx_dpo.align.checkpoint import Checkpoint
+from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.align.reference import PairLogps, batch_logps, pair_rows
-from mlx_dpo.align.schedule import ScheduleName, learning_rate
+from mlx_dpo.align.schedule import learning_rate, warmup_steps
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.adapters import adapter_weights
@@ -25,26 +25,6 @@ from mlx_dpo.models.load import compute_dtype
 from mlx_dpo.models.memory import recomputed_blocks
 from mlx_dpo.models.scoring import Parts
 from mlx_dpo.refusal import Refusal
-
-Method = Literal["dpo", "sft"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the arithmetic of a run depends on; rates a step, β in 1/nats."""
-
-    method: Method
-    loss: str
-    beta: float
-    label_smoothing: float
-    sft_weight: float
-    learning_rate: float
-    schedule: ScheduleName
-    warmup_steps: int
-    steps: int
-    max_grad_norm: float
-    seed: int
-    grad_checkpoint: bool
 
 
 class Window(NamedTuple):
@@ -64,11 +44,12 @@ class Trainer:
         pairs: Sequence[TokenisedPair],
         order: Order,
         reference: PairLogps | None,
-        settings: Settings,
+        options: TrainOptions,
+        steps: int,
     ):
         """Train `model`'s adapter on `pairs`; `reference` holds a number a pair, and is None for SFT."""
         self.model, self.cut, self.pairs, self.order = model, cut, pairs, order
-        self.reference, self.settings = reference, settings
+        self.reference, self.options, self.steps = reference, options, steps
         self.steps_done = 0
         self.tokens_done = 0
         # PyTorch's AdamW with its weight decay at 0, as TRL has it.
@@ -86,7 +67,7 @@ class Trainer:
         indices = [i for batch in batches for i in batch]
         window = Window(len(indices), sum(len(self.pairs[i].chosen) for i in indices))
         loss, logps, gradients = self._accumulated(batches, window)
-        gradients, norm = _clipped(gradients, self.settings.max_grad_norm)
+        gradients, norm = _clipped(gradients, self.options.max_grad_norm)
         rate = self._rate()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise Refusal(
@@ -114,8 +95,8 @@ class Trainer:
         }
 
     def _rate(self) -> float:
-        s = self.settings
-        return learning_rate(self.steps_done, s.steps, s.learning_rate, s.schedule, s.warmup_steps)
+        peak, schedule, warmup = self.options.learning_rate, self.options.schedule, self.options.warmup
+        return learning_rate(self.steps_done, self.steps, peak, schedule, warmup_steps(warmup, self.steps))
 
     def _accumulated(self, batches: list[list[int]], window: Window) -> tuple[float, PairLogps, Any]:
         total, gradients = 0.0, None
@@ -123,7 +104,7 @@ class Trainer:
         self.model.train()
         for number, batch in enumerate(batches):
             # Dropout depends on the place in the run alone, so that a resumed run draws the same.
-            mx.random.seed(_stream(self.settings.seed, self.steps_done, number))
+            mx.random.seed(_stream(self.options.seed, self.steps_done, number))
             loss, logps, new = self._gradients(batch, window)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(loss, logps, gradients)
@@ -142,21 +123,22 @@ class Trainer:
             logps = batch_logps(self.model, self.cut, rows)
             return self._loss(logps, batch, window), logps
 
-        with recomputed_blocks(self.model) if self.settings.grad_checkpoint else nullcontext():
+        with recomputed_blocks(self.model) if self.options.grad_checkpoint else nullcontext():
             (value, logps), gradients = nn.value_and_grad(self.model, loss)()
         self.model.update(before)
         return value, logps, gradients
 
     def _loss(self, logps: mx.array, batch: list[int], window: Window) -> mx.array:
         """This batch's share of the window's mean loss."""
-        s = self.settings
+        options = self.options
         chosen = logps[: len(batch)]
         sft = objectives.negative_log_likelihood(chosen).sum() / window.tokens
-        if s.method == "sft":
+        if options.method == "sft":
             return sft
-        losses = objectives.PREFERENCE[s.loss](self._margin(logps, batch), s.beta, s.label_smoothing)
+        objective = objectives.PREFERENCE[options.loss]
+        losses = objective(self._margin(logps, batch), options.beta, options.label_smoothing)
         preference = losses.sum() / window.pairs
-        return preference + s.sft_weight * sft if s.sft_weight else preference
+        return preference + options.sft_weight * sft if options.sft_weight else preference
 
     def _margin(self, logps: mx.array, batch: list[int]) -> mx.array:
         if self.reference is None:
@@ -171,7 +153,7 @@ class Trainer:
         return reward_means(
             logps,
             PairLogps(self.reference.chosen[indices], self.reference.rejected[indices]),
-            self.settings.beta,
+            self.options.beta,
         )
 
     def check_start(self) -> None:
@@ -180,10 +162,11 @@ class Trainer:
         Raises Refusal where they differ by more than the rounding of the model's number format.
         """
         batch = self.order.window(0)[0]
-        logps = batch_logps(self.model, self.cut, pair_rows([self.pairs[i] for i in batch]))
-        values = np.array(logps)
-        if not np.all(np.isfinite(values)):
-            worst = self.pairs[batch[int(np.argmin(np.isfinite(values[: len(batch)])))]].source
+        self.model.eval()
+        values = np.array(batch_logps(self.model, self.cut, pair_rows([self.pairs[i] for i in batch])))
+        finite = np.isfinite(values)
+        if not finite.all():
+            worst = self.pairs[batch[int(finite.argmin()) % len(batch)]].source
             raise Refusal(f"The model gives numbers that are not finite (near {worst}): convert it again.")
         if self.reference is None:
             return

@@ -19,7 +19,7 @@ from mlx_dpo.convert.merge import FLOATING, Format
 from mlx_dpo.data.examples import Example
 from mlx_dpo.data.reading import Splits, read, split_off
 from mlx_dpo.data.tokenised import tokenise
-from mlx_dpo.models.adapters import load_adapter
+from mlx_dpo.models.adapters import WEIGHTS, load_adapter, read_folder
 from mlx_dpo.models.load import Loaded, load, load_to_compute, on_cpu
 from mlx_dpo.models.weights import read_json
 from mlx_dpo.refusal import Refusal
@@ -69,8 +69,7 @@ def run(options: FuseOptions, fallback: Path) -> Iterator[Event]:
     """
     if options.pairs < 1:
         raise Refusal(f"--pairs {options.pairs} makes no sense: give at least 1.")
-    if not (options.adapter / "adapter_config.json").exists() and not options.adapter.is_dir():
-        raise Refusal(f"There is no adapter folder {options.adapter}: give the --out folder of a training run.")
+    read_folder(options.adapter)
     record.refuse_other_base(options.adapter, options.model)
     with whole_folder(options.out) as staging:
         yield Phase("Loading the model and its adapter")
@@ -213,11 +212,12 @@ def _write(folder: Path, options: FuseOptions, merged: Loaded, formats: Mapping[
     for pattern in _COPIED:
         for file in options.model.glob(pattern):
             shutil.copy(file, folder)
+    base = record.base_facts(options.model)
     facts = {
         "kind": "merged model",
-        "base": record.base_facts(options.model),
-        "adapter": {"path": str(options.adapter), "sha256": sha256_of(options.adapter / "adapters.safetensors")},
-        "licence": record.base_facts(options.model)["licence"],
+        "base": base,
+        "adapter": {"path": str(options.adapter), "sha256": sha256_of(options.adapter / WEIGHTS)},
+        "licence": base["licence"],
         "format": found.format,
         "fidelity": found.fidelity._asdict(),
         "versions": record.versions(),

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import cyclopts  # noqa: E402
 from cyclopts import App, Parameter  # noqa: E402
 
-from mlx_dpo import __version__  # noqa: E402
+from mlx_dpo import __version__, misuse  # noqa: E402
 from mlx_dpo.align.options import TrainOptions  # noqa: E402
 from mlx_dpo.chat.options import ChatOptions  # noqa: E402
 from mlx_dpo.convert.fuse_options import FuseOptions  # noqa: E402
@@ -42,7 +42,7 @@ def train(options: Annotated[TrainOptions, Parameter(name="*")]) -> int:
     from mlx_dpo.align.events import Finished, Interrupted
 
     with console.StopRequest().listening() as stop:
-        end = console.show_training(verb.run(options, stop))
+        end = console.show_training(verb.run(options, stop), console.out if options.dry_run else console.err)
     if isinstance(end, Interrupted):
         console.err.print(f"Stopped after step {end.steps_done}; everything is saved. To go on:")
         console.out.print(end.command)
@@ -79,7 +79,7 @@ def convert(
 
     end = console.show_conversion(verb(source, out, quantize=quantize, dtype=dtype))
     if end is not None:
-        console.out.print(console.conversion_in_words(end), markup=False)
+        console.out.print(console.conversion_in_words(end))
     return 0
 
 
@@ -116,7 +116,7 @@ def fuse(options: Annotated[FuseOptions, Parameter(name="*")]) -> int:
 
     end = console.show_fusing(verb.run(options, PAIRS / "valid.jsonl"))
     if end is not None:
-        console.out.print(console.fusing_in_words(end), markup=False)
+        console.out.print(console.fusing_in_words(end))
     return 0
 
 
@@ -182,8 +182,10 @@ def _readable_toml(path: Path) -> Path:
         _misused(f"--config {path}: there is no such file.")
     try:
         tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        _misused(f"--config {path} is not valid TOML: {error}.")
+    except UnicodeDecodeError:
+        _misused(f"--config {path} is not UTF-8: save it in that encoding.")
+    except tomllib.TOMLDecodeError as error:
+        _misused(f"--config {path} is not valid TOML: {str(error).rstrip('.')}.")
     return path
 
 
@@ -199,7 +201,7 @@ def _explained(error: BaseException) -> int:
         console.fail("Interrupted.")
         return 130
     if isinstance(error, cyclopts.CycloptsError):
-        console.fail(" ".join(str(error).split()))
+        console.fail(misuse.sentence(error))
         return 2
     if isinstance(error, Refusal):
         console.fail(str(error))

@@ -21,8 +21,9 @@ from mlx_dpo.convert.fidelity import Fidelity
 from mlx_dpo.machine import Machine
 from mlx_dpo.models.recipes import Recipe
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: a path may hold brackets.
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 class StopRequest:
@@ -54,8 +55,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def show_training(happenings: Iterable[events.Event]) -> events.Finished | events.Interrupted | None:
-    """Show a run as it happens and return how it ended; None after a dry run."""
+def show_training(
+    happenings: Iterable[events.Event], plan_on: Console = err
+) -> events.Finished | events.Interrupted | None:
+    """Show a run as it happens, its plan on `plan_on`, and return how it ended; None after a dry run."""
     last: events.Finished | events.Interrupted | None = None
     columns = (
         TextColumn("{task.description}"),
@@ -65,7 +68,7 @@ def show_training(happenings: Iterable[events.Event]) -> events.Finished | event
         TextColumn("{task.fields[numbers]}"),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        view = _TrainingView(bar)
+        view = _TrainingView(bar, plan_on)
         for event in happenings:
             view.show(event)
             if isinstance(event, (events.Finished, events.Interrupted)):
@@ -74,14 +77,14 @@ def show_training(happenings: Iterable[events.Event]) -> events.Finished | event
 
 
 class _TrainingView:
-    def __init__(self, bar: Progress):
-        self.bar = bar
+    def __init__(self, bar: Progress, plan_on: Console):
+        self.bar, self.plan_on = bar, plan_on
         self.tasks: dict[str, TaskID] = {}
         self.printed = 0
 
     def show(self, event: events.Event) -> None:
         if isinstance(event, events.Planned):
-            out.print(plan_in_words(event.plan))
+            self.plan_on.print(plan_in_words(event.plan))
         elif isinstance(event, events.Phase):
             self._advance(event.name, event.done, event.total, "")
             if not err.is_terminal and event.done == 0:
@@ -114,9 +117,13 @@ def plan_in_words(plan: Plan) -> str:
     """The plan as a few lines."""
     held_out = f", {plan.held_out} held out" if plan.held_out else ", none held out"
     return (
-        f"{plan.pairs} pairs{held_out}; {plan.tokens:,} tokens an epoch, the longest text {plan.longest}\n"
-        f"{plan.steps} steps ({plan.steps_an_epoch} an epoch), about {plan.memory_gb:.1f} GB at the peak"
+        f"{_counted(plan.pairs, 'pair')}{held_out}; {plan.tokens:,} tokens an epoch, the longest text {plan.longest}\n"
+        f"{_counted(plan.steps, 'step')} ({plan.steps_an_epoch} an epoch), about {plan.memory_gb:.1f} GB at the peak"
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def step_in_words(numbers: dict[str, float]) -> str:
@@ -155,7 +162,7 @@ def show_conversion(happenings: Iterable[conversion.Event]) -> conversion.Conver
         task = bar.add_task("", total=None)
         for event in happenings:
             if isinstance(event, conversion.Phase):
-                err.print(event.text, markup=False)
+                err.print(event.text)
                 bar.update(task, description="", total=None, completed=0)
             elif isinstance(event, conversion.Progress):
                 bar.update(task, total=event.total, completed=event.done, description=event.unit)
@@ -181,9 +188,9 @@ def show_fusing(happenings: Iterable[fuse.Event]) -> fuse.Fused | None:
     end = None
     for event in happenings:
         if isinstance(event, fuse.Phase):
-            err.print(f"{event.text} …", markup=False)
+            err.print(f"{event.text} …")
         elif isinstance(event, fuse.Measured):
-            out.print(f"{event.format}: {fidelity_in_words(event.fidelity)}", markup=False)
+            out.print(f"{event.format}: {fidelity_in_words(event.fidelity)}")
         else:
             end = event
     return end
@@ -233,4 +240,4 @@ def show_machine(*, as_json: bool) -> None:
             value = f"{value / 1e9:.1f} GB"
         elif isinstance(value, dict):
             value = ", ".join(f"{library} {version}" for library, version in value.items())
-        out.print(f"{name.replace('_', ' ')}: {value}", markup=False)
+        out.print(f"{name.replace('_', ' ')}: {value}")

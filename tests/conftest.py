@@ -10,6 +10,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import mlx_dpo  # noqa: F401  (loads the BLAS before MLX)
 
 import pytest  # isort: skip
+import commands  # isort: skip
 import tiny  # isort: skip
 
 
@@ -24,3 +25,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return folders[family]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps on the tiny Llama; tests must not write there."""
+    here = tmp_path_factory.mktemp("run")
+    return commands.trained(tiny_folder("llama"), commands.write_pairs(here / "pairs.jsonl"), here / "adapter")
+
+
+@pytest.fixture
+def world(tiny_folder: Callable[[str], Path], finished_run: Path, tmp_path: Path) -> commands.World:
+    """A folder with a model, pairs and an adapter in which a test may break everything."""
+    return commands.world(tmp_path, tiny_folder("llama"), finished_run)

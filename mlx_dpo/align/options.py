@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from mlx_dpo.refusal import Refusal
+from mlx_dpo.whole import Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,43 +47,43 @@ class TrainOptions:
     """Warm-up: below 1 a share of all steps, otherwise a number of steps."""
     epochs: float = 1.0
     """Passes over the data."""
-    steps: int | None = None
+    steps: Whole | None = None
     """Number of steps, instead of --epochs."""
-    batch_size: int = 4
+    batch_size: Whole = 4
     """Pairs computed at once."""
-    grad_accumulation: int = 1
+    grad_accumulation: Whole = 1
     """Batches a step; the loss is the mean over all their pairs."""
-    max_length: int | None = None
+    max_length: Whole | None = None
     """Longest prompt with answer, in tokens; longer prompts are cut from the left, and counted."""
-    rank: int | None = None
+    rank: Whole | None = None
     """LoRA rank. [default: 8, or the start adapter's]"""
     alpha: float | None = None
     """LoRA alpha as PEFT has it: the scale is alpha/rank. [default: 16, or the start adapter's]"""
     dropout: float | None = None
     """LoRA dropout. [default: 0, or the start adapter's]"""
-    layers: int | None = None
+    layers: Whole | None = None
     """Adapt only so many blocks, counted from the top. [default: all]"""
     targets: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
     """Linear modules to adapt, by name or path, e.g. q_proj. [default: all]"""
     max_grad_norm: float = 1.0
     """Clip the gradient's global norm to this; 0 does not clip."""
-    seed: int = 0
+    seed: Whole = 0
     """Decides order, initialisation and dropout."""
     shuffle: Annotated[bool, Parameter(negative="--no-shuffle")] = True
     """Shuffle the pairs anew in each epoch."""
-    eval_every: int = 0
+    eval_every: Whole = 0
     """Evaluate on held-out pairs every so many steps; the end is always evaluated."""
-    save_every: int = 50
+    save_every: Whole = 50
     """Write a checkpoint every so many steps; 0 writes none before the end."""
     memory_limit: float | None = None
     """Refuse a run that would take more gigabytes than this. [default: 75% of what the machine recommends]"""
     grad_checkpoint: bool = False
     """Keep less and compute more: about a third slower, for long texts in little memory."""
-    samples: int = 3
+    samples: Whole = 3
     """Questions answered before and after, for the report."""
     questions: Path | None = None
     """JSONL file with a prompt a row to take those questions from. [default: the held-out prompts]"""
-    sample_tokens: int = 160
+    sample_tokens: Whole = 160
     """Longest sample answer, in tokens."""
 
 
@@ -122,6 +123,8 @@ def refuse_absurd(options: TrainOptions) -> None:
             raise Refusal(_out_of_range(name, value))
         if (value, with_high) == (high, False):
             raise Refusal(_out_of_range(name, value))
+    if options.warmup >= 1 and options.warmup != int(options.warmup):
+        raise Refusal(f"--warmup {options.warmup} is neither a share below 1 nor a whole number of steps: give one.")
     if options.method == "sft":
         _refuse_preference_options(options)
 
@@ -130,7 +133,8 @@ def _out_of_range(name: str, value: float) -> str:
     low, high, with_low, with_high = _RANGES[name]
     below = "at least" if with_low else "more than"
     above = "at most" if with_high else "less than"
-    return f"{flag(name)} {value:g} makes no sense: give a number of {below} {low:g} and {above} {high:g}."
+    low, high = (int(limit) if limit == int(limit) else limit for limit in (low, high))
+    return f"{flag(name)} {value} makes no sense: give a number of {below} {low} and {above} {high}."
 
 
 def _refuse_preference_options(options: TrainOptions) -> None:

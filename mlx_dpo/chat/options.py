@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_dpo.refusal import Refusal
+from mlx_dpo.whole import Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,13 @@ class ChatOptions:
     """No colour, no layout, no cursor movement: for screen readers and pipes."""
     json: bool = False
     """Answer one question with one JSON object on standard output."""
-    seed: int | None = Sampling.seed
+    seed: Whole | None = Sampling.seed
     """Number that makes the answers repeatable; without it one is drawn (--json and /stats name it)."""
     temperature: float = Sampling.temperature
     """How freely words are drawn, 0 to 2; 0 takes the likeliest every time."""
     top_p: float = Sampling.top_p
     """Draw from the likeliest tokens that together have this probability, above 0 and up to 1."""
-    max_tokens: int = Sampling.max_tokens
+    max_tokens: Whole = Sampling.max_tokens
     """Longest answer, in tokens."""
 
     def __post_init__(self) -> None:

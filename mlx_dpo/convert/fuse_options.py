@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mlx_dpo.whole import Whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class FuseOptions:
@@ -19,5 +21,5 @@ class FuseOptions:
     """Number format: keep the base's own, none for 16 bit, or so many bits."""
     data: Path | None = None
     """Pairs to measure on. [default: the run's own held-out pairs, else pairs that come with mlx_dpo]"""
-    pairs: int = 16
+    pairs: Whole = 16
     """Measure on so many pairs."""

@@ -81,7 +81,7 @@ def _json_lines(data: bytes, name: str, pairs: bool) -> Found:
         if not isinstance(value, Problem):
             found.append(Row(where, value))
         elif number == len(lines):
-            problems.append(value._replace(reason=f"{value.reason}; it is the last line: is the file cut off?"))
+            problems.append(value._replace(reason=f"{value.reason}; it is the last line, so the file may be cut off"))
         else:
             problems.append(value)
     return found, problems

@@ -1,11 +1,11 @@
 """The whole loop on a small real model: convert, train, compare, fuse, one turn of chat."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
-from rich.markup import escape
 from rich.table import Table
 
 from mlx_dpo import console, fuse, machine, train
@@ -47,7 +47,7 @@ def run(options: DemoOptions) -> int:
     _asked(out / "fused")
     minutes = (time.perf_counter() - started) / 60
     console.out.print(f"\nDone in {minutes:.1f} minutes. To go on talking with it:")
-    console.out.print(f"  mlx_dpo chat --model {out / 'fused'}")
+    console.out.print(f"  mlx_dpo chat --model {shlex.quote(str(out / 'fused'))}")
     console.out.print(f"Report: {end.report.absolute()}")
     return 0
 
@@ -87,7 +87,7 @@ def product_speed(size: int = 1024) -> float:
 
 
 def _heading(text: str) -> None:
-    console.out.print(f"\n[bold]{text}[/bold]")
+    console.out.print(f"\n{text}", style="bold")
 
 
 def _converted(folder: Path) -> None:
@@ -124,7 +124,7 @@ def _compared(end: Finished) -> None:
     for name in ("Question (not trained on)", "Before", "After"):
         table.add_column(name, ratio=1, overflow="fold")
     for sample in end.samples:
-        table.add_row(escape(sample.question), escape(sample.before), escape(sample.after))
+        table.add_row(sample.question, sample.before, sample.after)
     console.out.print(table)
     scores = end.scores
     moved = scores["eval_logps/chosen"] - scores["eval_logps/chosen_reference"]
@@ -147,9 +147,9 @@ def _asked(model: Path) -> None:
     questions: Iterator = iter(read_questions(PAIRS / "questions.jsonl"))
     question = next(questions)[-1]["content"]
     conversation = open_conversation(model, None, Sampling(temperature=0.0, max_tokens=96))
-    console.out.print(f"> {question}", markup=False)
+    console.out.print(f"> {question}")
     answer = conversation.answer(question)
     if not answer.text.strip():
         raise Refusal(f"The fused model in {model} says nothing: look at the report, and train again.")
-    console.out.print(answer.text.strip(), markup=False)
+    console.out.print(answer.text.strip())
     console.out.print("(A model this small has a tone, not knowledge: do not rely on what it says.)")

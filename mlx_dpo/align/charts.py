@@ -5,9 +5,19 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_WIDTH, _HEIGHT = 460, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 34
-_COLOURS = ("#2f6f8f", "#b5533c", "#5b7f3a", "#7a5a9e")
+_WIDTH, _HEIGHT = 460, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 34, 46
+_MOST_DOTS = 40  # a line of more points is drawn without them
+_COLOURS = 4
+
+STYLE = """
+:root{--s0:#2a6f97;--s1:#b5533c;--s2:#5b7f3a;--s3:#7a5a9e}
+@media(prefers-color-scheme:dark){:root{--s0:#6cb6dd;--s1:#eb9679;--s2:#a3c77d;--s3:#bfa3e0}}
+svg .title{font:600 13px system-ui,sans-serif;fill:var(--ink)}svg .tick{font:11px system-ui,sans-serif;fill:var(--soft)}
+svg .grid{stroke:var(--line)}svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+svg .s0{--own:var(--s0)}svg .s1{--own:var(--s1)}svg .s2{--own:var(--s2)}svg .s3{--own:var(--s3)}
+svg polyline{stroke:var(--own)}svg .dot{fill:var(--own)}
+"""
 
 
 class Series(NamedTuple):
@@ -17,55 +27,76 @@ class Series(NamedTuple):
     points: Sequence[tuple[float, float]]
 
 
-def line_chart(title: str, series: Sequence[Series], unit: str) -> str:
-    """An SVG picture of `series` over steps; empty where no series has a point."""
+class _Frame(NamedTuple):
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return _LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (_WIDTH - _RIGHT - _LEFT)
+
+    def y(self, value: float) -> float:
+        return _HEIGHT - _BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (_HEIGHT - _BOTTOM - _TOP)
+
+
+def line_chart(title: str, series: Sequence[Series], unit: str = "", within: Sequence[float] = ()) -> str:
+    """An SVG picture of `series` over whole steps; the y axis takes in the values `within`.
+
+    Empty where no series has a point. Its colours and fonts are in STYLE.
+    """
     series = [Series(s.name, [p for p in s.points if math.isfinite(p[1])]) for s in series]
     points = [point for s in series for point in s.points]
     if not points:
         return ""
-    x_low, x_high = _span([x for x, _ in points])
-    y_low, y_high = _span([y for _, y in points])
+    frame = _Frame(*_span([x for x, _ in points]), *_span([y for _, y in points] + list(within)))
     label = html.escape(f"{title}: {', '.join(s.name for s in series)}")
-    parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">',
-        f'<text class="title" x="{_LEFT}" y="16">{html.escape(title)}</text>',
-        f'<text class="tick" x="{_WIDTH - _RIGHT}" y="16" text-anchor="end">{html.escape(unit)}</text>',
-    ]
-    for y in _ticks(y_low, y_high):
-        at = _place(y, y_low, y_high, _HEIGHT - _BOTTOM, _TOP)
+    return "".join(
+        [
+            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">',
+            f'<text class="title" x="{_LEFT}" y="18">{html.escape(title)}</text>',
+            f'<text class="tick" x="{_WIDTH - _RIGHT}" y="18" text-anchor="end">{html.escape(unit)}</text>',
+            *_axes(frame),
+            *(_line(number, line, frame) for number, line in enumerate(series)),
+            *_legend(series),
+            "</svg>",
+        ]
+    )
+
+
+def _axes(frame: _Frame) -> list[str]:
+    parts = []
+    for y in _ticks(frame.y_low, frame.y_high, 0.0):
+        at = frame.y(y)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in _ticks(x_low, x_high):
-        at = _place(x, x_low, x_high, _LEFT, _WIDTH - _RIGHT)
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{_HEIGHT - 16}" text-anchor="middle">{x:g}</text>')
-    for number, line in enumerate(series):
-        parts.append(_line(number, line, (x_low, x_high, y_low, y_high)))
-    parts.append(_legend(series))
-    return "".join(parts) + "</svg>"
+    below = _HEIGHT - _BOTTOM + 18
+    for x in _ticks(frame.x_low, frame.x_high, 1.0):
+        parts.append(f'<text class="tick" x="{frame.x(x):.1f}" y="{below}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text class="tick" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 10}" text-anchor="end">step</text>')
+    return parts
 
 
-def _line(number: int, line: Series, spans: tuple[float, float, float, float]) -> str:
-    x_low, x_high, y_low, y_high = spans
-    colour = _COLOURS[number % len(_COLOURS)]
-    places = [
-        (_place(x, x_low, x_high, _LEFT, _WIDTH - _RIGHT), _place(y, y_low, y_high, _HEIGHT - _BOTTOM, _TOP))
-        for x, y in line.points
-    ]
+def _line(number: int, line: Series, frame: _Frame) -> str:
+    places = [(frame.x(x), frame.y(y)) for x, y in line.points]
+    radius = 4 if len(places) == 1 else 2.2
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{colour}"/>' for x, y in places)
-    drawn = f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>'
-    return drawn + (dots if len(places) <= 40 else "")
+    dots = "".join(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>' for x, y in places)
+    return f'<g class="s{number % _COLOURS}"><polyline points="{path}"/>{dots if len(places) <= _MOST_DOTS else ""}</g>'
 
 
-def _legend(series: Sequence[Series]) -> str:
+def _legend(series: Sequence[Series]) -> list[str]:
     if len(series) < 2:
-        return ""
-    width = (_WIDTH - _LEFT) / len(series)
-    return "".join(
-        f'<text class="tick" x="{_LEFT + i * width:.0f}" y="{_HEIGHT - 2}" fill="{_COLOURS[i % len(_COLOURS)]}">'
-        f"■ {html.escape(line.name)}</text>"
-        for i, line in enumerate(series)
-    )
+        return []
+    width = (_WIDTH - _LEFT - _RIGHT - 40) / len(series)
+    parts = []
+    for number, line in enumerate(series):
+        x = _LEFT + number * width
+        parts.append(
+            f'<g class="s{number % _COLOURS}"><circle class="dot" cx="{x + 4:.0f}" cy="{_HEIGHT - 14}" r="4"/>'
+            f'<text class="tick" x="{x + 13:.0f}" y="{_HEIGHT - 10}">{html.escape(line.name)}</text></g>'
+        )
+    return parts
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
@@ -76,15 +107,11 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers within a span."""
+def _ticks(low: float, high: float, least: float) -> list[float]:
+    """Two to six round numbers within a span, `least` or more apart."""
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
-    step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - raw))
+    step = max(least, min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw)))
     first = math.ceil(low / step - 1e-9)
     count = math.floor(high / step + 1e-9) - first + 1
     return [round((first + i) * step, 12) for i in range(count)]
-
-
-def _place(value: float, low: float, high: float, start: float, end: float) -> float:
-    return start + (value - low) / (high - low) * (end - start)

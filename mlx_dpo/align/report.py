@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_dpo.align.charts import Series, line_chart
+from mlx_dpo.align.charts import STYLE, Series, line_chart
 from mlx_dpo.align.options import TrainOptions, as_toml
 from mlx_dpo.storage import write_whole
 
@@ -14,14 +14,13 @@ _STYLE = """
 :root{color-scheme:light dark;--ink:#22303a;--soft:#5d6b75;--paper:#fbfaf7;--card:#fff;--line:#dcd8cf}
 @media(prefers-color-scheme:dark){:root{--ink:#e7e3da;--soft:#a9b2b8;--paper:#1b1f22;--card:#24292d;--line:#3a4146}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:0 auto;
-padding:24px}
-h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .6rem}p.lead{color:var(--soft);margin:.2rem 0 1rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:14px}
+padding:24px;overflow-wrap:anywhere}
+h1{font-size:1.6rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0 .6rem}h3{font-size:1rem;margin:1.6rem 0 .5rem}
+p.lead{color:var(--soft);margin:.2rem 0 1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:14px}
 .charts svg{background:var(--card);border:1px solid var(--line);border-radius:8px;width:100%;height:auto}
-svg .title{font:600 13px system-ui,sans-serif;fill:var(--ink)}svg .tick{font:11px system-ui,sans-serif;fill:var(--soft)}
-svg .grid{stroke:var(--line)}
-table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:6px 10px 6px 0;
-border-bottom:1px solid var(--line)}td.n{font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:6px 16px 6px 0;
+border-bottom:1px solid var(--line)}th{font-weight:600;white-space:nowrap;width:1%}td{font-variant-numeric:tabular-nums}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:14px}.pair div{background:var(--card);border:1px solid var(--line);
 border-radius:8px;padding:10px 14px;white-space:pre-wrap}.pair b{display:block;color:var(--soft);font-weight:600}
 @media(max-width:640px){.pair{grid-template-columns:1fr}}
@@ -55,7 +54,7 @@ def page(
         _held_out(evaluations[-1] if evaluations else None),
         "<h2>Step by step</h2>",
         f'<div class="charts">{"".join(_charts(steps, evaluations))}</div>',
-        _samples(samples),
+        _samples(samples, options.sample_tokens),
         _table("Options", as_toml(options)),
         _table("Base model", facts["base"] | {"sha256": ", ".join(facts["base"]["sha256"].values())}),
         "<p class='lead'>No clinician has reviewed these answers. They are a language model's words and may be "
@@ -64,7 +63,7 @@ def page(
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(options.out.name)}: training report</title><style>{_STYLE}</style></head>"
+        f"<title>{html.escape(options.out.name)}: training report</title><style>{_STYLE}{STYLE}</style></head>"
         f"<body>{''.join(body)}</body></html>\n"
     )
 
@@ -82,15 +81,20 @@ def _held_out(row: dict[str, Any] | None) -> str:
     if row is None:
         return "<p>No pairs were held out, so nothing here says how well this carries over to new questions.</p>"
     if "eval_rewards/accuracies" not in row:
-        return f"<p>Held-out loss {row['eval_loss']:.4f} nats a token.</p>"
-    moved = row["eval_logps/chosen"] - row["eval_logps/chosen_reference"]
-    direction = "rose" if moved >= 0 else "fell"
+        loss = f"On {row['eval_pairs']} held-out answers the loss is {row['eval_loss']:.4f} nats a token."
+        return f"<p>{loss} {_moved(row)}</p>"
     return (
         f"<p>On {row['eval_pairs']} held-out pairs the aligned model prefers the chosen answer more than the "
         f"reference does in <b>{row['eval_rewards/accuracies']:.0%}</b> "
         f"(95% interval {row['eval_rewards/accuracies_low']:.0%} to {row['eval_rewards/accuracies_high']:.0%}). "
-        f"The log-probability of the chosen answers {direction} by {abs(moved):.1f} nats on average.</p>"
+        f"{_moved(row)}</p>"
     )
+
+
+def _moved(row: dict[str, Any]) -> str:
+    moved = row["eval_logps/chosen"] - row["eval_logps/chosen_reference"]
+    direction = "rose" if moved >= 0 else "fell"
+    return f"The log-probability of the chosen answers {direction} by {abs(moved):.1f} nats on average."
 
 
 def _charts(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[str]:
@@ -98,34 +102,38 @@ def _charts(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any
         return Series(name, [(row["step"], row[key]) for row in rows if key in row])
 
     pictures = [
-        ("Loss", [series("training", "loss"), series("held out", "eval_loss", evaluations)], ""),
+        ("Loss", [series("training", "loss"), series("held out", "eval_loss", evaluations)], "", ()),
         (
             "Reward accuracy",
             [series("training", "rewards/accuracies"), series("held out", "eval_rewards/accuracies", evaluations)],
             "share of pairs",
+            (0, 1),
         ),
-        ("Rewards", [series("chosen", "rewards/chosen"), series("rejected", "rewards/rejected")], "β × log-ratio"),
-        ("Margin", [series("training", "rewards/margins")], "chosen − rejected"),
+        ("Rewards", [series("chosen", "rewards/chosen"), series("rejected", "rewards/rejected")], "β × log-ratio", ()),
+        ("Margin", [series("training", "rewards/margins")], "chosen − rejected", ()),
         (
             "Log-probability of answers",
             [series("chosen", "logps/chosen"), series("rejected", "logps/rejected")],
             "nats",
+            (),
         ),
-        ("Gradient norm", [series("before clipping", "grad_norm")], ""),
-        ("Learning rate", [series("rate", "learning_rate")], ""),
-        ("Speed", [series("tokens", "tokens_per_second")], "tokens a second"),
-        ("Peak memory", [series("memory", "peak_memory_gb")], "GB"),
+        ("Gradient norm", [series("before clipping", "grad_norm")], "before clipping", (0,)),
+        ("Learning rate", [series("rate", "learning_rate")], "", (0,)),
+        ("Speed", [series("tokens", "tokens_per_second")], "tokens a second", (0,)),
+        ("Peak memory", [series("memory", "peak_memory_gb")], "GB", (0,)),
     ]
-    drawn = [line_chart(title, [s for s in lines if s.points], unit) for title, lines, unit in pictures]
+    drawn = (line_chart(title, [s for s in lines if s.points], *rest) for title, lines, *rest in pictures)
     return [picture for picture in drawn if picture]
 
 
-def _samples(samples: Sequence[Sample]) -> str:
+def _samples(samples: Sequence[Sample], longest: int) -> str:
     if not samples:
         return ""
-    blocks = ["<h2>The same questions, before and after</h2>"]
-    if not all(sample.unseen for sample in samples):
-        blocks.append("<p>Some of these questions were trained on.</p>")
+    seen = "" if all(sample.unseen for sample in samples) else " Some of these questions were trained on."
+    blocks = [
+        "<h2>The same questions, before and after</h2>",
+        f'<p class="lead">The likeliest words each time, cut off after {longest} tokens.{seen}</p>',
+    ]
     for sample in samples:
         blocks.append(f"<h3>{html.escape(sample.question)}</h3>")
         columns = (("Before", sample.before), ("After", sample.after))
@@ -136,7 +144,7 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 def _table(title: str, values: dict[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th>{html.escape(str(name))}</th><td class='n'>{html.escape(str(value))}</td></tr>"
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
         for name, value in values.items()
         if value not in (None, [], "")
     )

@@ -56,9 +56,7 @@ def page(
         f'<div class="charts">{"".join(_charts(steps, evaluations))}</div>',
         _samples(samples, options.sample_tokens),
         _table("Options", as_toml(options)),
-        _table("Base model", facts["base"] | {"sha256": ", ".join(facts["base"]["sha256"].values())}),
-        "<p class='lead'>No clinician has reviewed these answers. They are a language model's words and may be "
-        "wrong.</p>",
+        _table("Base model", _base(facts["base"])),
     ]
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -132,7 +130,8 @@ def _samples(samples: Sequence[Sample], longest: int) -> str:
     seen = "" if all(sample.unseen for sample in samples) else " Some of these questions were trained on."
     blocks = [
         "<h2>The same questions, before and after</h2>",
-        f'<p class="lead">The likeliest words each time, cut off after {longest} tokens.{seen}</p>',
+        f'<p class="lead">The likeliest words each time, cut off after {longest} tokens.{seen} No clinician has '
+        "reviewed these answers: they are a language model's words and may be wrong.</p>",
     ]
     for sample in samples:
         blocks.append(f"<h3>{html.escape(sample.question)}</h3>")
@@ -140,6 +139,14 @@ def _samples(samples: Sequence[Sample], longest: int) -> str:
         texts = "".join(f"<div><b>{name}</b>{html.escape(text)}</div>" for name, text in columns)
         blocks.append(f'<div class="pair">{texts}</div>')
     return "".join(blocks)
+
+
+def _base(facts: dict[str, Any]) -> dict[str, Any]:
+    source = facts["source"]
+    return facts | {
+        "sha256": ", ".join(facts["sha256"].values()),
+        "source": source.get("name") if isinstance(source, dict) else source,
+    }
 
 
 def _table(title: str, values: dict[str, Any]) -> str:

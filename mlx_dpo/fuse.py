@@ -25,6 +25,7 @@ from mlx_dpo.models.weights import read_json
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import sha256_of, whole_folder
 
+_READ_BACK = 32  # tokens
 ENOUGH = 0.9  # of the adapter's effect has to survive
 _COPIED = (
     "*token*",
@@ -79,10 +80,11 @@ def run(options: FuseOptions, fallback: Path) -> Iterator[Event]:
         load_adapter(computing.model, options.adapter)
         pairs, source = _pairs(options, storage, fallback)
         yield Phase(f"Merging, and measuring on {len(pairs)} pairs of {source}")
-        layers, formats, found = merge.Layers({}, {}), {}, None
+        yardstick = fidelity.Yardstick(computing.model, pairs)
+        layers, formats, found = merge.Layers({}, {}, False), {}, None
         for name, formats in _attempts(storage.model, options.quantize):
             layers = merge.layers(storage.model, formats)
-            found = Measured(name, fidelity.measured(computing.model, _computing(layers, computing.model), pairs))
+            found = Measured(name, yardstick.measured(_computing(layers, computing.model)))
             yield found
             if found.fidelity.survived >= ENOUGH:
                 break
@@ -143,7 +145,7 @@ def _attempts(model: nn.Module, quantize: str) -> Iterator[tuple[str, dict[str, 
     yield _in_words(formats), formats
     coarse = [name for name in lora if (formats[name].bits or 16) < 8]
     worst = sorted(coarse, key=lambda name: -_loss(lora[name], formats[name]))
-    for share in (0.25, 0.5, 1.0):
+    for share in (0.5, 1.0):
         taken = worst[: max(1, round(share * len(worst)))] if worst else []
         if taken:
             better = {name: merge.fitting(8, merge.plain_weight(lora[name].linear).shape[1]) for name in taken}
@@ -194,11 +196,11 @@ def _computing(layers: merge.Layers, model: nn.Module) -> merge.Layers:
     if not on_cpu():
         return layers
     dtype = merge.storage_dtype(model)
-    unpacked = (
+    merged, plain = (
         {name: merge.stored(merge.plain_weight(layer), layer, FLOATING, dtype) for name, layer in part.items()}
-        for part in layers
+        for part in (layers.merged, layers.plain)
     )
-    return merge.Layers(*unpacked)
+    return merge.Layers(merged, plain, layers.rounded)
 
 
 def _write(folder: Path, options: FuseOptions, merged: Loaded, formats: Mapping[str, Format], found: Measured) -> None:
@@ -241,7 +243,7 @@ def _has_weight(module: nn.Module) -> bool:
 
 
 def _check_read_back(folder: Path, merged: Loaded, pair: Held) -> None:
-    tokens = mx.array([[*pair.prompt, *pair.chosen]])
+    tokens = mx.array([[*pair.prompt, *pair.chosen][:_READ_BACK]])
     again = load(folder).model(tokens)
     if not mx.array_equal(again, merged.model(tokens)):
         raise Refusal("The merged model reads back differently from what was written: nothing was kept.")

@@ -11,9 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.convert.merge import Layers
 from mlx_dpo.models.adapters import switched_off
-from mlx_dpo.models.scoring import rows_of
-
-Text = tuple[Sequence[int], Sequence[int]]  # prompt, response
+from mlx_dpo.models.scoring import Rows, parts, response_logits, rows_of
 
 
 class Fidelity(NamedTuple):
@@ -52,41 +50,56 @@ class Held(NamedTuple):
     rejected: Sequence[int]
 
 
-def measured(model: nn.Module, layers: Layers, pairs: Sequence[Held]) -> Fidelity:
-    """Compare `model`, whose adapters are attached, with the same model with the merged layers in their places.
+class Yardstick:
+    """Held-out pairs under one model with its adapter attached, against which merged layers are measured.
 
     All compute in the model's own type; logits are compared in float32, a pair at a time.
     """
-    kl, same, tokens = 0.0, 0, 0
-    effects = np.zeros((len(pairs), 2))
-    for i, pair in enumerate(pairs):
-        rows = rows_of([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
-        sign = mx.where(rows.row_of == 0, 1.0, -1.0)
 
-        def log_p(rows=rows) -> mx.array:
-            logits = model(rows.tokens)
-            logits = logits.reshape(-1, logits.shape[-1])[rows.places].astype(mx.float32)
-            return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    def __init__(self, model: nn.Module, pairs: Sequence[Held]):
+        """Lay the pairs out; what the base says of them is computed once, at the first measurement."""
+        self.model, self.cut = model, parts(model)
+        self.rows = [rows_of([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]) for pair in pairs]
+        self.base: dict[int, float] = {}
 
-        def margin(log_probabilities: mx.array, rows=rows, sign=sign) -> mx.array:
-            return (mx.take_along_axis(log_probabilities, rows.targets[:, None], axis=-1)[:, 0] * sign).sum()
+    def measured(self, layers: Layers) -> Fidelity:
+        """Compare the model, adapter attached, with the same model with the merged layers in their places."""
+        kl, same, tokens = 0.0, 0, 0
+        effects = np.zeros((len(self.rows), 2))
+        for i, rows in enumerate(self.rows):
+            adapted = self._log_p(rows)
+            with replaced(self.model, layers.merged):
+                merged = self._log_p(rows)
+            kl += float((mx.exp(adapted) * (adapted - merged)).sum())
+            same += int((adapted.argmax(-1) == merged.argmax(-1)).sum())
+            tokens += rows.targets.size
+            base = self._base_margin(i)
+            plain = base
+            if layers.rounded:
+                with replaced(self.model, layers.plain):
+                    plain = _margin(self._log_p(rows), rows)
+            effects[i] = [_margin(adapted, rows) - base, _margin(merged, rows) - plain]
+            mx.clear_cache()
+        return Fidelity(kl / tokens, same / tokens, slope(effects[:, 0], effects[:, 1]), tokens, len(self.rows))
 
-        adapted = log_p()
-        with switched_off(model):
-            base = float(margin(log_p()))
-        with replaced(model, layers.merged):
-            merged = log_p()
-            mx.eval(merged)
-        with replaced(model, layers.plain):
-            plain = float(margin(log_p()))
-        divergence = (mx.exp(adapted) * (adapted - merged)).sum()
-        agree = (adapted.argmax(-1) == merged.argmax(-1)).sum()
-        effects[i] = [float(margin(adapted)) - base, float(margin(merged)) - plain]
-        kl += float(divergence)
-        same += int(agree)
-        tokens += rows.targets.size
-        mx.clear_cache()
-    return Fidelity(kl / tokens, same / tokens, slope(effects[:, 0], effects[:, 1]), tokens, len(pairs))
+    def _base_margin(self, number: int) -> float:
+        if number not in self.base:
+            with switched_off(self.model):
+                self.base[number] = _margin(self._log_p(self.rows[number]), self.rows[number])
+        return self.base[number]
+
+    def _log_p(self, rows: Rows) -> mx.array:
+        """Log-probabilities of every token at the response positions, (responses, vocabulary) float32."""
+        logits = response_logits(self.model, rows, self.cut).astype(mx.float32)
+        log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(log_p)
+        return log_p
+
+
+def _margin(log_p: mx.array, rows: Rows) -> float:
+    """Log-probability of the first row's response minus the second's, in nats."""
+    sign = mx.where(rows.row_of == 0, 1.0, -1.0)
+    return float((mx.take_along_axis(log_p, rows.targets[:, None], axis=-1)[:, 0] * sign).sum())
 
 
 def slope(before: np.ndarray, after: np.ndarray) -> float:

@@ -105,10 +105,14 @@ def storage_dtype(model: nn.Module) -> mx.Dtype:
 
 
 class Layers(NamedTuple):
-    """New layers by path, with the adapter merged in, and the same in the same formats without it."""
+    """New layers by path, with the adapter merged in, and the same in the same formats without it.
+
+    `rounded` says whether the formats are others than the base's, so that `plain` is not the base itself.
+    """
 
     merged: dict[str, nn.Module]
     plain: dict[str, nn.Module]
+    rounded: bool
 
 
 def layers(model: nn.Module, formats: Mapping[str, Format]) -> Layers:
@@ -116,12 +120,13 @@ def layers(model: nn.Module, formats: Mapping[str, Format]) -> Layers:
     dtype = storage_dtype(model)
     lora = adapted(model)
     modules = dict(model.named_modules())
-    merged, plain = {}, {}
+    merged, plain, rounded = {}, {}, False
     for name, into in formats.items():
         adapter = lora.get(name)
         base = modules[name] if adapter is None else adapter.linear
         same = format_of(base) == into
+        rounded |= not same
         plain[name] = base if same else stored(plain_weight(base), base, into, dtype)
         merged[name] = plain[name] if adapter is None else stored(merged_weight(adapter), base, into, dtype)
         mx.eval(plain[name].parameters(), merged[name].parameters())
-    return Layers(merged, plain)
+    return Layers(merged, plain, rounded)

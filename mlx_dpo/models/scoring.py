@@ -71,14 +71,22 @@ def parts(model: nn.Module) -> Parts | None:
     return Parts(trunk, head)
 
 
+def response_logits(model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
+    """Logits at the response positions, (responses, vocabulary), in the model's own type."""
+    if cut is None:
+        logits = model(rows.tokens)
+        return logits.reshape(-1, logits.shape[-1])[rows.places]
+    hidden = cut.trunk(rows.tokens)
+    return cut.head(hidden.reshape(-1, hidden.shape[-1])[rows.places])
+
+
 def token_logps(model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
     """log p of each response token, (responses,) float32; `cut` is what `parts(model)` gave.
 
     Only response positions reach the head. Logits are recomputed in the backward pass where there are many.
     """
     if cut is None:
-        logits = model(rows.tokens)
-        return _picked(logits.reshape(-1, logits.shape[-1])[rows.places], rows.targets)
+        return _picked(response_logits(model, rows, cut), rows.targets)
     hidden = cut.trunk(rows.tokens)
     hidden = hidden.reshape(-1, hidden.shape[-1])[rows.places]
     count = rows.places.size

@@ -84,11 +84,20 @@ def convert(
 
 
 @app.command
-def models() -> int:
-    """List the recipes: base models with a known source, what each needs, and whether it fits this machine."""
-    from mlx_dpo import console, machine
-    from mlx_dpo.models.recipes import recipes
+def models(name: str | None = None, /) -> int:
+    """List the recipes: base models with a known source, what each needs, and whether it fits this machine.
 
+    Parameters
+    ----------
+    name
+        Show all that one recipe says.
+    """
+    from mlx_dpo import console, machine
+    from mlx_dpo.models.recipes import recipe, recipes
+
+    if name is not None:
+        console.out.print(console.recipe_in_words(recipe(name)), markup=False)
+        return 0
     console.out.print(console.recipes_table(recipes(), machine.describe()))
     return 0
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -213,7 +214,7 @@ def recipes_table(recipes: Iterable[Recipe], about: Machine) -> Table:
     """The recipes with what each needs; a model fits where its weights take at most half of what may be used."""
     table = Table(box=None, pad_edge=False)
     table.add_column("Recipe", no_wrap=True)
-    for name in ("16 / 8 / 4 bit", "Fits here", "Licence", "Tried"):
+    for name in ("GB at 16/8/4 bit", "Fits here", "Licence", "Tried"):
         table.add_column(name, overflow="fold")
     for recipe in recipes:
         sizes = {bits: recipe.memory(bits) for bits in (16, 8, 4)}
@@ -221,12 +222,30 @@ def recipes_table(recipes: Iterable[Recipe], about: Machine) -> Table:
         gated = " (gated)" if recipe.licence.gated else ""
         table.add_row(
             recipe.name,
-            " / ".join(f"{size:.1f}" for size in sizes.values()) + " GB",
+            " / ".join(f"{size:.1f}" for size in sizes.values()),
             f"at {fitting[0]} bit" if fitting else "no",
             recipe.licence.name + gated,
             "yes" if recipe.defaults.tried else "no",
         )
     return table
+
+
+def recipe_in_words(recipe: Recipe) -> str:
+    """All that a recipe says."""
+    licence, defaults = recipe.licence, recipe.defaults
+    sizes = ", ".join(f"{recipe.memory(bits):.1f} GB at {bits} bit" for bits in (16, 8, 4))
+    settings = {k: v for k, v in asdict(defaults).items() if k not in ("tried", "tried_by")}
+    lines = [
+        f"{recipe.name}: {recipe.title}, {recipe.architecture}, {recipe.parameters / 1e6:,.0f} million parameters",
+        f"licence: {licence.name}{' (gated)' if licence.gated else ''}, {licence.text}. {licence.asks}",
+        f"source: {', '.join(str(value) for value in asdict(recipe.source).values() if value)}",
+        f"weights: {sizes} (computed; training takes more, which `mlx_dpo train --dry-run` estimates)",
+        f"LoRA targets: {', '.join(recipe.lora.targets)}",
+        f"training settings ({'tried' if defaults.tried else 'not tried'}; {defaults.tried_by}): "
+        + ", ".join(f"{key} {value}" for key, value in settings.items()),
+        f"not tried here: {recipe.not_tried}",
+    ]
+    return "\n".join(lines)
 
 
 def show_machine(*, as_json: bool) -> None:

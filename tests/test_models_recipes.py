@@ -88,7 +88,7 @@ def test_a_recipe_that_is_not_there_is_refused_with_the_names():
         ('title = "', 'titel = "x"\ntitle = "', "titel"),
         ("beta = ", "betta = ", "defaults.betta"),
         ("gated = false\n", "", "licence.gated"),
-        ("rank = 8", 'rank = "eight"', "defaults.rank"),
+        ("rank = 16", 'rank = "eight"', "defaults.rank"),
         ('name = "smollm2', 'name = "other', "names itself"),
         ("[lora]", "[lora", "not valid TOML"),
     ],

@@ -53,16 +53,18 @@ class Lora:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Training settings for this model, and whether anyone has tried them."""
+    """Training settings for this model, and whether anyone has tried them; 0 layers means all of them."""
 
     tried: bool
     tried_by: str
     method: str
     loss: str
     beta: float
+    sft_weight: float
     learning_rate: float
     rank: int
     alpha: float
+    layers: int
     epochs: int
     batch_size: int
     max_length: int

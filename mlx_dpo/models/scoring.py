@@ -60,9 +60,13 @@ def parts(model: nn.Module) -> Parts | None:
         return None
     trunk = core["model"]
     last = core["lm_head"] if "lm_head" in core else trunk.get("embed_tokens", {})
-    head = last if "lm_head" in core else getattr(last, "as_linear", None)
-    if head is None or "lora_a" in last:
+    if "lora_a" in last or not ("lm_head" in core or hasattr(last, "as_linear")):
         return None
+
+    def head(hidden: mx.array) -> mx.array:
+        # Looked up each time: another layer may stand in its place by then, as a merged one does.
+        return core["lm_head"](hidden) if "lm_head" in core else trunk["embed_tokens"].as_linear(hidden)
+
     probe = mx.array([[0, 1, 2, 3]])
     whole = model(probe)
     halves = head(trunk(probe))

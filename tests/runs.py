@@ -1,0 +1,120 @@
+"""Small runs for tests: their options, their pairs on disk, a trainer without a folder, what they leave behind."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import parity
+from mlx.utils import tree_unflatten
+
+from mlx_dpo import train
+from mlx_dpo.align.events import Event
+from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.align.record import read_metrics
+from mlx_dpo.align.reference import PairLogps, scored
+from mlx_dpo.align.trainer import Trainer
+from mlx_dpo.data.batches import Order
+from mlx_dpo.data.examples import example
+from mlx_dpo.data.tokenised import TokenisedPair, tokenise
+from mlx_dpo.models import adapters
+from mlx_dpo.models.load import Loaded, blocks, load
+from mlx_dpo.models.scoring import parts
+
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gb")
+
+
+def write_pairs(path: Path, rows: Iterable[dict[str, Any]] = parity.PAIRS) -> Path:
+    """Pairs as JSON Lines; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options(model: Path, data: Path, out: Path, **more: Any) -> TrainOptions:
+    """Options that learn fast and answer no questions."""
+    fast = {"rank": 4, "learning_rate": 5e-3, "batch_size": 4, "samples": 0, "sample_tokens": 8}
+    return TrainOptions(model=model, data=data, out=out, **(fast | more))
+
+
+def run(chosen: TrainOptions, stop_after: int | None = None) -> list[Event]:
+    """The events of a run that is stopped after so many calls of `stop`, or never."""
+    asked = iter(range(1, 1_000_000))
+    return list(train.run(chosen, lambda: next(asked) == stop_after))
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what the clock and the memory say."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(out)]
+
+
+def adapter_bytes(out: Path) -> bytes:
+    """The weights of a finished run."""
+    return (out / "adapters.safetensors").read_bytes()
+
+
+def pairs(loaded: Loaded, count: int = len(parity.PAIRS)) -> list[TokenisedPair]:
+    """The first parity pairs as token ids."""
+    made = [example(row, f"row {number}", pairs=True) for number, row in enumerate(parity.PAIRS[:count])]
+    return tokenise([item for item in made if not isinstance(item, list)], loaded.tokenizer, None).items
+
+
+def adapted(folder: Path, *, targets: Sequence[str] = (), layers: int | None = None, seed: int | None = None) -> Loaded:
+    """A loaded model with an adapter of rank 4; its B is random where a seed is given, zero otherwise."""
+    loaded = load(folder)
+    keys = adapters.chosen_keys(loaded.model, targets)
+    attach(loaded, adapters.AdapterShape(4, 2.0, 0.0, keys, layers or len(blocks(loaded.model))), seed)
+    return loaded
+
+
+def attach(loaded: Loaded, shape: adapters.AdapterShape, seed: int | None) -> None:
+    """Put an adapter into a model; its B is random where a seed is given, zero otherwise."""
+    adapters.attach(loaded.model, shape, seed=7)
+    if seed is not None:
+        named = sorted(adapters.adapter_weights(loaded.model).items())
+        keys = mx.random.split(mx.random.key(seed), len(named))
+        moved = [
+            (name, mx.random.normal(value.shape, key=key) * 0.05)
+            for (name, value), key in zip(named, keys, strict=True)
+            if name.endswith("lora_b")
+        ]
+        loaded.model.update(tree_unflatten(moved))
+
+
+def reference(loaded: Loaded, items: Sequence[TokenisedPair]) -> PairLogps:
+    """What the model says without its adapter."""
+    with adapters.switched_off(loaded.model):
+        *_, found = scored(loaded.model, parts(loaded.model), items, 4)
+    assert isinstance(found, PairLogps)
+    return found
+
+
+def trainer(loaded: Loaded, steps: int = 3, count: int = len(parity.PAIRS), **more: Any) -> Trainer:
+    """A trainer on the first parity pairs, in their order, that no folder is needed for."""
+    nowhere = Path("nowhere")
+    chosen = options(nowhere, nowhere, nowhere, **({"schedule": "constant", "shuffle": False} | more))
+    if chosen.dropout:
+        adapters.set_dropout(loaded.model, chosen.dropout)
+    items = pairs(loaded, count)
+    known = reference(loaded, items) if chosen.method == "dpo" else None
+    if chosen.method == "sft":
+        items = [pair._replace(rejected=[]) for pair in items]
+    order = Order(len(items), chosen.batch_size, chosen.grad_accumulation, chosen.seed, chosen.shuffle)
+    return Trainer(loaded.model, parts(loaded.model), items, order, known, chosen, steps)
+
+
+def weights(loaded: Loaded) -> dict[str, np.ndarray]:
+    """The adapter's tensors."""
+    return {name: np.array(value) for name, value in adapters.adapter_weights(loaded.model).items()}
+
+
+def naive_log_p(model: Any, prompt: Sequence[int], response: Sequence[int]) -> float:
+    """log p of a response in nats: one sequence by itself, one token after the other, in float64."""
+    logits = np.array(model(mx.array([[*prompt, *response]])).astype(mx.float32)).astype(np.float64)[0]
+    total = 0.0
+    for number, token in enumerate(response):
+        row = logits[len(prompt) + number - 1]
+        total += row[token] - row.max() - np.log(np.exp(row - row.max()).sum())
+    return total

@@ -1,6 +1,7 @@
 """An adapter merged into its base for good, and the proof that the merged model still says what it said."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,8 @@ def run(options: FuseOptions, fallback: Path) -> Iterator[Event]:
         for name, formats in _attempts(storage.model, options.quantize):
             layers = merge.layers(storage.model, formats)
             found = Measured(name, yardstick.measured(_computing(layers, computing.model)))
+            if not math.isfinite(found.fidelity.kl):
+                raise Refusal(f"{options.model} or its adapter gives numbers that are not finite: convert it again.")
             yield found
             if found.fidelity.survived >= ENOUGH:
                 break

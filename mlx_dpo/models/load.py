@@ -1,17 +1,24 @@
 """A model folder, loaded without executing anything in it."""
 
+import re
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, get_total_parameters, load_model, load_tokenizer
+from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, get_total_parameters, load_model, load_tokenizer
 
 from mlx_dpo import machine
 from mlx_dpo.models.arrays import named_arrays
-from mlx_dpo.models.weights import read_json, weight_files
+from mlx_dpo.models.sizes import refuse_impossible_sizes
+from mlx_dpo.models.weights import read_json, refuse_no_folder, weight_files
 from mlx_dpo.refusal import Refusal
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_LONGEST_TEXT = 200  # of a library's error in a sentence of ours
 
 
 class Loaded(NamedTuple):
@@ -29,29 +36,53 @@ def load(folder: Path) -> Loaded:
     Raises Refusal, naming the file, for anything that is not a whole model of a known architecture.
     """
     config = read_config(folder)
-    weight_files(folder)
+    _refuse_too_large(folder, weight_files(folder))
     try:
         model, config = load_model(folder, lazy=True)
     except Refusal:
         raise
     except Exception as error:
-        raise Refusal(f"{folder} cannot be loaded as a {config['model_type']} model: {one_line(error)}") from error
+        raise Refusal(
+            f"{folder} does not hold a whole {config['model_type']} model ({one_line(error)}): convert it again from "
+            "its source."
+        ) from error
     mx.eval(model.parameters())
     return Loaded(model, read_tokenizer(folder, config), config, folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder, refused where it is missing, unreadable or asks to run code."""
-    if not folder.exists():
-        raise Refusal(f"There is no folder {folder}: give the path of a converted model.")
+    refuse_no_folder(folder)
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder} holds no config.json, so it is no model folder: run mlx_dpo convert first.")
     config = read_json(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise Refusal(f"{folder / 'config.json'} names no model_type: restore it from the model's source.")
+    path, kind = folder / "config.json", config.get("model_type")
+    if not isinstance(kind, str):
+        raise Refusal(f"{path} names no model_type: restore it from the model's source.")
     if "model_file" in config:
-        raise Refusal(f"{folder / 'config.json'} asks to run {config['model_file']}: no code of a model is run.")
+        raise Refusal(f"{path} asks to run {config['model_file']}: no code of a model is run.")
+    if not _known(kind):
+        raise Refusal(
+            f"{path} is of the kind {kind}, which mlx-lm {version('mlx-lm')} does not know: use another model."
+        )
+    refuse_impossible_sizes(config, path)
     return config
+
+
+def _known(kind: str) -> bool:
+    return (
+        bool(re.fullmatch(r"[\w-]+", kind))
+        and find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}") is not None
+    )
+
+
+def _refuse_too_large(folder: Path, files: list[Path]) -> None:
+    weights, memory = sum(file.stat().st_size for file in files), machine.describe().memory
+    if weights > memory:
+        raise Refusal(
+            f"The weights in {folder} take {weights / 1e9:.0f} GB, and this machine has {memory / 1e9:.0f} GB: use a "
+            "smaller model, or convert it with --quantize 4 on a larger machine."
+        )
 
 
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
@@ -59,12 +90,17 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     settings = folder / "tokenizer_config.json"
     if settings.exists() and "auto_map" in read_json(settings):
         raise Refusal(f"{settings} asks to run code of its own (auto_map): no code of a model is run.")
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        raise Refusal(f"{folder} holds no tokenizer.json: copy it from the model's source.")
     if (folder / "tokenizer.json").exists():
         read_json(folder / "tokenizer.json")
     try:
         return load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
-        raise Refusal(f"The tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+        raise Refusal(
+            f"The tokenizer in {folder} cannot be loaded ({one_line(error)}): restore its files from the model's "
+            "source."
+        ) from error
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -101,6 +137,6 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The beginning of an error's text on one line, or its kind where it has none."""
+    text = " ".join(str(error).split()).rstrip(".:")
+    return (text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 2] + " …") or type(error).__name__

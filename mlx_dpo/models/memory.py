@@ -11,6 +11,7 @@ import numpy as np
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.load import blocks
 from mlx_dpo.models.scoring import LOGIT_BYTES
+from mlx_dpo.models.sizes import sizes
 
 # How often a block's width, its inner width and its attention scores are kept for the backward pass: measured.
 _HIDDEN_COPIES, _INNER_COPIES, _SCORE_COPIES, _LOGIT_COPIES = 8, 5.7, 1.28, 3.6
@@ -71,14 +72,11 @@ def peak_bytes(config: dict[str, Any], weights: int, load: Load, *, on_cpu: bool
     Counts weights, adapter with gradient and two moments, what the backward pass keeps of each block, attention
     probabilities and the logits of one chunk. Fitted to measured peaks; see benchmarks/RESULTS.md.
     """
-    text = config.get("text_config") or config
-    hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
-    depth, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
+    hidden, inner, depth, heads, kv_heads, vocabulary = sizes(config)
     is_float32 = (config.get("torch_dtype") or config.get("dtype")) == "float32"
     number = 4 if on_cpu or is_float32 else 2
-    vocabulary = int(config.get("vocab_size") or text.get("vocab_size") or 0)
     if on_cpu:  # nothing is packed there: four bytes a parameter
-        block_weights = 2 * hidden * hidden + 2 * hidden * hidden * _kv_share(text) + 3 * hidden * inner
+        block_weights = 2 * hidden * hidden + 2 * hidden * hidden * kv_heads / heads + 3 * hidden * inner
         weights = round(4 * (depth * block_weights + vocabulary * hidden * (1 if _tied(config) else 2)))
     tokens = load.rows * load.length
     block = tokens * (_HIDDEN_COPIES * hidden + _INNER_COPIES * inner) * number
@@ -87,11 +85,6 @@ def peak_bytes(config: dict[str, Any], weights: int, load: Load, *, on_cpu: bool
     logits = min(load.responses * vocabulary * 4, LOGIT_BYTES) * _LOGIT_COPIES
     adapter = depth * load.rank * (6 * hidden + 3 * (hidden + inner)) * 16
     return weights + adapter + kept + logits
-
-
-def _kv_share(text: dict[str, Any]) -> float:
-    heads = int(text["num_attention_heads"])
-    return int(text.get("num_key_value_heads") or heads) / heads
 
 
 def _tied(config: dict[str, Any]) -> bool:

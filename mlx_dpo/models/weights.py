@@ -19,11 +19,14 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises Refusal where there is none, where the index names a file that is missing, or where one is damaged.
     """
+    refuse_no_folder(folder)
     files = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        named = set(read_json(index).get("weight_map", {}).values())
-        missing = sorted(name for name in named if not (folder / str(name)).is_file())
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise Refusal(f"{index} has no weight_map: restore it from the model's source.")
+        missing = sorted({str(name) for name in shards.values() if not (folder / str(name)).is_file()})
         if missing:
             raise Refusal(f"{index} names {missing[0]}, which is not in the folder: copy the missing file.")
     if not files:
@@ -33,11 +36,19 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def refuse_no_folder(folder: Path) -> None:
+    """Raise Refusal unless there is such a folder."""
+    if not folder.is_dir():
+        raise Refusal(f"There is no folder {folder}: give the path of a converted model.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; Refusal names the file where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError:
+        raise Refusal(f"{path} is not UTF-8, as JSON has to be: restore the file from its source.") from None
+    except json.JSONDecodeError as error:
         raise Refusal(f"{path} is not valid JSON ({error}): restore the file from its source.") from None
     except RecursionError:
         raise Refusal(f"{path} is nested too deeply to be what it claims: do not use this file.") from None

@@ -1,0 +1,68 @@
+"""Which examples make up which step, and how fast each step learns."""
+
+import pytest
+
+from mlx_dpo.align.schedule import learning_rate, warmup_steps
+from mlx_dpo.data.batches import Order, by_length
+
+
+def epoch(order: Order, number: int) -> list[list[list[int]]]:
+    first = number * order.steps_an_epoch
+    return [order.window(step) for step in range(first, first + order.steps_an_epoch)]
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (4, 1), (4, 3), (5, 2), (32, 1), (2, 8)])
+def test_an_epoch_holds_every_example_once_in_batches_no_larger_than_asked(batch: int, accumulation: int):
+    order = Order(23, batch, accumulation, seed=5, shuffle=True)
+    for number in range(3):
+        windows = epoch(order, number)
+        assert sorted(i for window in windows for some in window for i in some) == list(range(23))
+        assert all(len(window) <= accumulation for window in windows)
+        assert all(0 < len(some) <= batch for window in windows for some in window)
+
+
+def test_only_the_last_window_and_its_last_batch_are_smaller():
+    windows = epoch(Order(23, 4, 3, seed=0, shuffle=False), 0)
+    assert [[len(some) for some in window] for window in windows] == [[4, 4, 4], [4, 4, 3]]
+
+
+def test_the_order_is_that_of_the_rows_unless_shuffled():
+    assert Order(5, 2, 1, seed=9, shuffle=False).window(4) == [[2, 3]]
+    assert Order(5, 2, 1, seed=9, shuffle=False).window(2) == [[4]]
+
+
+def test_the_order_is_a_function_of_the_seed_and_the_step_alone():
+    first, again, other = (Order(40, 4, 1, seed, shuffle=True) for seed in (3, 3, 4))
+    steps = range(25)
+    forward = [first.window(step) for step in steps]
+    assert forward == [again.window(step) for step in reversed(steps)][::-1]
+    assert forward != [other.window(step) for step in steps]
+    assert epoch(first, 0) != epoch(first, 1)
+
+
+def test_steps_of_whole_and_broken_epochs():
+    order = Order(10, 4, 1, seed=0, shuffle=True)
+    assert [order.steps(epochs) for epochs in (1, 2, 0.5, 0.01, 1.1)] == [3, 6, 2, 1, 4]
+
+
+def test_batches_by_length_hold_all_and_pad_little():
+    assert by_length([3, 9, 1, 9, 5], 2) == [[1, 3], [4, 0], [2]]
+
+
+def test_linear_schedule_by_hand():
+    rates = [learning_rate(step, 10, 2.0, "linear", 2) for step in range(10)]
+    assert rates == pytest.approx([0, 1, 2, 1.75, 1.5, 1.25, 1, 0.75, 0.5, 0.25])
+
+
+def test_cosine_schedule_by_hand():
+    # ½(1 + cos(π·k/6)) for k = 0 … 5
+    rates = [learning_rate(step, 6, 1.0, "cosine", 0) for step in range(6)]
+    assert rates == pytest.approx([1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873])
+
+
+def test_constant_schedule_by_hand():
+    assert [learning_rate(step, 5, 0.3, "constant", 3) for step in range(5)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
+
+
+def test_warmup_is_a_share_below_one_and_steps_above():
+    assert [warmup_steps(*given) for given in ((0.1, 15), (0.0, 15), (3, 15), (0.5, 9))] == [2, 0, 3, 5]

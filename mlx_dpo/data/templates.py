@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
+from mlx_dpo.data.allowance import ExceededError, allowance
+from mlx_dpo.models.load import one_line
 from mlx_dpo.refusal import Refusal
+
+# Characters that a template may add to a conversation, and how often it may repeat one.
+_LARGEST_FRAME, _LARGEST_GROWTH = 1_000_000, 16
 
 
 class Message(TypedDict):
@@ -16,10 +21,16 @@ class Message(TypedDict):
     name: NotRequired[str]
 
 
+class UnusableTemplate(Refusal):
+    """The chat template itself is at fault, whatever the conversation."""
+
+
 class Tokenizer(Protocol):
     """What is asked of a tokenizer here; mlx-lm's wrapper and transformers' both have it."""
 
-    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> list[int]: ...  # noqa: D102
+    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> str: ...  # noqa: D102
+
+    def encode(self, text: str, **options: Any) -> list[int]: ...  # noqa: D102
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -34,11 +45,27 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
     if not getattr(tokenizer, "has_chat_template", True):
-        raise Refusal("The model's tokenizer has no chat template: use an instruction-tuned model.")
+        raise UnusableTemplate("The model's tokenizer has no chat template: use an instruction-tuned model.")
     try:
-        # Thinking stays off, in training as in chat: the same prompt for both.
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, enable_thinking=False, tokenize=True
+        with allowance():
+            # Thinking stays off, in training as in chat: the same prompt for both.
+            text = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, enable_thinking=False, tokenize=False
+            )
+    except (ExceededError, MemoryError):
+        raise UnusableTemplate(
+            "The model's chat template takes more time or memory than any honest one: do not use this model."
+        ) from None
+    except (TemplateSyntaxError, SecurityError) as error:
+        raise UnusableTemplate(
+            f"The model's chat template is broken or hostile ({one_line(error)}): do not use this model."
+        ) from None
+    except Exception as error:  # whatever a program from elsewhere runs into
+        raise Refusal(f"The model's chat template failed on this conversation: {one_line(error)}.") from None
+    if len(text) > _LARGEST_FRAME + _LARGEST_GROWTH * sum(len(str(message)) for message in messages):
+        raise UnusableTemplate(
+            f"The model's chat template makes {len(text)} characters of a conversation: do not use this model."
         )
-    except (TemplateError, TypeError, ValueError, OverflowError) as error:
-        raise Refusal(f"The model's chat template failed on this conversation: {error}") from None
+    if not text:
+        raise UnusableTemplate("The model's chat template makes nothing of a conversation: use another model.")
+    return tokenizer.encode(text, add_special_tokens=False)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mlx_dpo.data.examples import Example
 from mlx_dpo.data.problems import Problem, refusal
-from mlx_dpo.data.templates import Message, Tokenizer, conversation_ids, prompt_ids
+from mlx_dpo.data.templates import Message, Tokenizer, UnusableTemplate, conversation_ids, prompt_ids
 from mlx_dpo.refusal import Refusal
 
 # Two texts that share no beginning and no end: what stays the same around both is the template's.
@@ -53,9 +53,9 @@ def tokenise(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int 
         try:
             whole = _pair(example, tokenizer, closing)
             fitting = _fitting(whole, example, tokenizer, max_length)
+        except UnusableTemplate:
+            raise
         except Refusal as fault:
-            if not getattr(tokenizer, "has_chat_template", True):
-                raise
             problems.append(Problem(example.source, str(fault).rstrip(".")))
             continue
         items.append(fitting)
@@ -98,6 +98,8 @@ def _closing(tokenizer: Tokenizer) -> list[int]:
     try:
         prompt = prompt_ids(tokenizer, [question])
         return conversation_ids(tokenizer, [question, Message(role="assistant", content="")])[len(prompt) :]
+    except UnusableTemplate:
+        raise
     except Refusal:
         return []
 

@@ -20,6 +20,7 @@ from mlx_dpo.data.batches import Order
 from mlx_dpo.data.examples import example
 from mlx_dpo.data.tokenised import TokenisedPair, tokenise
 from mlx_dpo.models import adapters
+from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.load import Loaded, blocks, load
 from mlx_dpo.models.scoring import parts
 
@@ -103,6 +104,11 @@ def trainer(loaded: Loaded, steps: int = 3, count: int = len(parity.PAIRS), **mo
         items = [pair._replace(rejected=[]) for pair in items]
     order = Order(len(items), chosen.batch_size, chosen.grad_accumulation, chosen.seed, chosen.shuffle)
     return Trainer(loaded.model, parts(loaded.model), items, order, known, chosen, steps)
+
+
+def named(tree: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a tree by path."""
+    return sorted(named_arrays(tree).items())
 
 
 def weights(loaded: Loaded) -> dict[str, np.ndarray]:

@@ -11,10 +11,22 @@ import numpy as np
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.load import blocks
 from mlx_dpo.models.scoring import LOGIT_BYTES
-from mlx_dpo.models.sizes import sizes
+from mlx_dpo.models.sizes import Sizes, sizes
 
-# How often a block's width, its inner width and its attention scores are kept for the backward pass: measured.
-_HIDDEN_COPIES, _INNER_COPIES, _SCORE_COPIES, _LOGIT_COPIES = 8, 5.7, 1.28, 3.6
+# Fitted to measured peaks, which the sum below meets within a quarter; see tests/test_models_memory.py.
+_LOGIT_COPIES, _CHUNK_COPIES = 2.8, 4.3
+
+
+class _Copies(NamedTuple):
+    """How often a block's width, inner width and attention scores are in memory at the peak."""
+
+    hidden: float
+    inner: float
+    scores: float
+
+
+_KEPT = _Copies(10.4, 5.6, 1.3)  # by each block for its backward pass
+_RECOMPUTED = _Copies(10.0, 20.0, 3.0)  # by one block while its forward pass is repeated and taken back
 
 
 @contextlib.contextmanager
@@ -69,22 +81,34 @@ class Load(NamedTuple):
 def peak_bytes(config: dict[str, Any], weights: int, load: Load, *, on_cpu: bool) -> float:
     """Estimate the peak memory of a training step in bytes, from the model's configuration alone.
 
-    Counts weights, adapter with gradient and two moments, what the backward pass keeps of each block, attention
-    probabilities and the logits of one chunk. Fitted to measured peaks; see benchmarks/RESULTS.md.
+    Counts weights, adapter with gradient and two moments, and what the backward pass keeps: of every block with the
+    logits; or, with recomputed blocks, their inputs and the larger of one block and the logits.
     """
-    hidden, inner, depth, heads, kv_heads, vocabulary = sizes(config)
+    size = sizes(config)
     is_float32 = (config.get("torch_dtype") or config.get("dtype")) == "float32"
     number = 4 if on_cpu or is_float32 else 2
     if on_cpu:  # nothing is packed there: four bytes a parameter
-        block_weights = 2 * hidden * hidden + 2 * hidden * hidden * kv_heads / heads + 3 * hidden * inner
-        weights = round(4 * (depth * block_weights + vocabulary * hidden * (1 if _tied(config) else 2)))
-    tokens = load.rows * load.length
-    block = tokens * (_HIDDEN_COPIES * hidden + _INNER_COPIES * inner) * number
-    block += load.rows * heads * load.length**2 * _SCORE_COPIES * number
-    kept = depth * tokens * hidden * number + block if load.grad_checkpoint else depth * block
-    logits = min(load.responses * vocabulary * 4, LOGIT_BYTES) * _LOGIT_COPIES
-    adapter = depth * load.rank * (6 * hidden + 3 * (hidden + inner)) * 16
-    return weights + adapter + kept + logits
+        weights = 4 * _parameters(size, tied=_tied(config))
+    adapter = size.layers * load.rank * (6 * size.hidden + 3 * (size.hidden + size.inner)) * 16
+    wanted = load.responses * size.vocabulary * 4
+    chunked = wanted > LOGIT_BYTES
+    if load.grad_checkpoint:
+        inputs = size.layers * load.rows * load.length * size.hidden * number
+        logits = min(wanted, LOGIT_BYTES) * (_CHUNK_COPIES if chunked else _LOGIT_COPIES)
+        return weights + adapter + inputs + max(_block_bytes(size, load, _RECOMPUTED, number), logits)
+    kept = size.layers * _block_bytes(size, load, _KEPT, number)
+    return weights + adapter + kept + min(wanted, LOGIT_BYTES) * _LOGIT_COPIES
+
+
+def _block_bytes(size: Sizes, load: Load, copies: _Copies, number: int) -> float:
+    wide = load.rows * load.length * (copies.hidden * size.hidden + copies.inner * size.inner)
+    return number * (wide + load.rows * size.heads * load.length**2 * copies.scores)
+
+
+def _parameters(size: Sizes, *, tied: bool) -> int:
+    attention = 2 * size.hidden * size.hidden * (size.heads + size.kv_heads) // size.heads
+    block = attention + 3 * size.hidden * size.inner
+    return size.layers * block + size.vocabulary * size.hidden * (1 if tied else 2)
 
 
 def _tied(config: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 _LEAVES = ("lora_a", "lora_b", "m")
 _LORA = (LoRALinear, LoRAEmbedding, LoRASwitchLinear)
+_LARGEST_RANK = 65536  # what no layer is wide enough for
 _ADAPTABLE = (nn.Linear, nn.QuantizedLinear)
 
 
@@ -90,7 +91,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         # Of the tensors that do not fit, mlx-lm names each on a line of its own; the last will do.
         last_line = (str(error).splitlines() or [type(error).__name__])[-1]
-        raise Refusal(f"{what}: {last_line.strip()}") from error
+        raise Refusal(f"{what}: {last_line.strip()}; give the model that it was made for.") from error
 
 
 def read_shape(folder: Path) -> AdapterShape:
@@ -100,7 +101,9 @@ def read_shape(folder: Path) -> AdapterShape:
     """
     config = read_folder(folder)
     if config.get("fine_tune_type", "lora") != "lora":
-        raise Refusal(f"{folder / CONFIG} is of the kind {config['fine_tune_type']}; only lora can be trained on.")
+        raise Refusal(
+            f"{folder / CONFIG} is of the kind {config['fine_tune_type']}; only lora can be trained on or used."
+        )
     parameters = config["lora_parameters"]
     try:
         shape = AdapterShape(
@@ -112,7 +115,7 @@ def read_shape(folder: Path) -> AdapterShape:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Refusal(f"{folder / CONFIG} lacks a usable number ({error}): restore it from its source.") from None
-    if shape.rank < 1 or not math.isfinite(shape.scale) or not 0 <= shape.dropout < 1:
+    if not 1 <= shape.rank <= _LARGEST_RANK or not math.isfinite(shape.scale) or not 0 <= shape.dropout < 1:
         raise Refusal(f"{folder / CONFIG} has an impossible rank, scale or dropout: restore it from its source.")
     return shape
 
@@ -138,7 +141,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     Raises Refusal for an adapter of another model, with missing tensors or with numbers that are not finite.
     """
-    read_folder(folder)
+    read_shape(folder)
     model.freeze()
     with _one_line_errors(f"The adapter {folder} does not fit this model"):
         load_adapters(model, str(folder))
@@ -147,7 +150,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     wanted = adapter_weights(model)
     missing = sorted(wanted.keys() - given.keys())
     if missing:
-        raise Refusal(f"The adapter {folder} does not fit this model: it lacks {missing[0]}.")
+        raise Refusal(
+            f"The adapter {folder} does not fit this model: it lacks {missing[0]}; give the model that it was made for."
+        )
     check_finite(wanted, str(folder / WEIGHTS))
 
 

@@ -64,11 +64,12 @@ def merged_weight(layer: LoRALinear) -> mx.array:
 
 
 def plain_weight(module: nn.Module) -> mx.array:
-    """The weight of a layer in float32, unpacked where it is stored in blocks."""
+    """The weight of a layer in float32, unpacked in float32 where it is stored in blocks."""
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        weight = mx.dequantize(
-            module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
-        )
+        scales, biases = module.scales, module.get("biases")
+        if module.mode == "affine":  # in 16 bit the product of code and scale would be rounded
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        weight = mx.dequantize(module.weight, scales, biases, module.group_size, module.bits, module.mode)
         return weight.astype(mx.float32)
     return module.weight.astype(mx.float32)  # type: ignore[union-attr]
 

@@ -67,7 +67,7 @@ def plain_weight(module: nn.Module) -> mx.array:
     """The weight of a layer in float32, unpacked in float32 where it is stored in blocks."""
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         scales, biases = module.scales, module.get("biases")
-        if module.mode == "affine":  # in 16 bit the product of code and scale would be rounded
+        if biases is not None:  # affine blocks: in 16 bit the product of code and scale would be rounded
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weight = mx.dequantize(module.weight, scales, biases, module.group_size, module.bits, module.mode)
         return weight.astype(mx.float32)

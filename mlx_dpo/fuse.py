@@ -148,7 +148,8 @@ def _attempts(model: nn.Module, quantize: str) -> Iterator[tuple[str, dict[str, 
     if not lora:
         return
     formats = _asked_formats(model, lora, quantize)
-    yield _in_words(formats), formats
+    asked = _in_words(formats)
+    yield asked, formats
     coarse = [name for name in lora if (formats[name].bits or 16) < 8]
     worst = sorted(coarse, key=lambda name: -_loss(lora[name], formats[name]))
     for share in (0.5, 1.0):
@@ -156,10 +157,10 @@ def _attempts(model: nn.Module, quantize: str) -> Iterator[tuple[str, dict[str, 
         if taken:
             better = {name: merge.fitting(8, merge.plain_weight(lora[name].linear).shape[1]) for name in taken}
             formats = formats | better
-            yield f"{_in_words(formats)} ({len(taken)} of {len(lora)} adapted layers raised to 8 bit)", formats
+            yield f"{asked}, with {len(taken)} of {len(lora)} adapted layers raised to 8 bit", formats
     if any(formats[name].bits for name in lora):
         formats = formats | dict.fromkeys(lora, FLOATING)
-        yield f"{_in_words(formats)} (adapted layers in floating point)", formats
+        yield f"{asked}, with the adapted layers in floating point", formats
 
 
 def _asked_formats(model: nn.Module, lora: Mapping[str, Any], quantize: str) -> dict[str, Format]:

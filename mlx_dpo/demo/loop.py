@@ -140,7 +140,7 @@ def _compared(end: Finished) -> None:
 
 
 def _fused(out: Path) -> None:
-    options = FuseOptions(model=out / "model", adapter=out / "adapter", out=out / "fused", pairs=8)
+    options = FuseOptions(model=out / "model", adapter=out / "adapter", out=out / "fused", pairs=6)
     end = console.show_fusing(fuse.run(options, PAIRS / "valid.jsonl"))
     if end is not None:
         console.out.print(console.fusing_in_words(end))

@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -10,24 +11,69 @@ from pathlib import Path
 
 from mlx_dpo.refusal import Refusal
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MLX_WRITING = ("[write]", "[save_safetensors]")  # how mlx begins the RuntimeError of whatever it could not write
+
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Give a staging folder beside `out`, renamed to `out` when the block ends well, removed otherwise.
 
-    Raises Refusal where `out` already holds something, so that nothing of another run is overwritten.
+    Raises Refusal where `out` already holds something, so that nothing of another run is overwritten, and where
+    nothing (more) can be written there.
     """
     refuse_occupied(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
+    if os.path.ismount(out):
+        raise Refusal(f"{out} is a disk of its own, which cannot be replaced as a whole: choose a folder below it.")
+    place = out.resolve()
+    with writing(out), _parents(place):
+        staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=place.parent))
+        try:
+            yield staging
+            staging.chmod(0o755)
+            if place.exists():
+                place.rmdir()
+            staging.rename(place)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(out: Path, advice: str = "make room there, or choose another --out") -> Iterator[None]:
+    """Raise Refusal, naming `out`, where the block cannot write at, below or beside it."""
     try:
-        yield staging
-        staging.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        yield
+    except OSError as error:
+        if error.errno not in _FULL and not _on_the_way(error.filename, out):
+            raise
+        raise Refusal(f"{out} cannot be written ({error.strerror}): {advice}.") from error
+    except RuntimeError as error:
+        if not str(error).startswith(_MLX_WRITING):
+            raise
+        raise Refusal(f"{out} cannot be written ({str(error).rstrip('.')}): {advice}.") from error
+
+
+def _on_the_way(name: object, out: Path) -> bool:
+    """Whether a file's name is `out`, below it, above it or a part of it that is being written."""
+    if not isinstance(name, str):
+        return False
+    path, place = Path(name).resolve(), out.resolve()
+    part = path.parent == place.parent and path.name.startswith(f".{place.name}.part-")
+    return part or path.is_relative_to(place) or place.is_relative_to(path)
+
+
+@contextlib.contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Make the folders above `place`, and take those that were made away again where the block fails."""
+    made = [folder for folder in place.parents if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def refuse_occupied(out: Path) -> None:
@@ -63,7 +109,10 @@ def sha256_of(path: Path) -> str:
 
 
 def refuse_unwritable(out: Path) -> None:
-    """Raise OSError now, not after hours of work, where nothing could be written below `out`."""
-    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
-    with tempfile.TemporaryFile(dir=nearest) as file:
-        file.write(b"\0")
+    """Raise Refusal now, not after hours of work, where nothing could be written below `out`."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise Refusal(f"{out} cannot be written ({error.strerror}): choose another --out.") from error

@@ -44,7 +44,8 @@ def run(options: TrainOptions, stop: Callable[[], bool] = lambda: False) -> Iter
     yield Phase("Loading the model", 0, 1)
     loaded = load_to_compute(options.model)
     shape = attached(loaded, options)
-    yield from Run(options, loaded, shape, examples, order, plan.steps).events(stop)
+    with storage.writing(options.out, "make room there, and go on with --resume"):
+        yield from Run(options, loaded, shape, examples, order, plan.steps).events(stop)
 
 
 def _check_out(options: TrainOptions) -> None:

@@ -33,7 +33,9 @@ def read_options(out: Path) -> dict[str, Any]:
         raise Refusal(f"{out} holds no {RUN}, so there is no run to resume: leave --resume away.")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise Refusal(f"{path} is not UTF-8: restore it, or start anew in another --out.") from None
+    except tomllib.TOMLDecodeError as error:
         raise Refusal(f"{path} is not valid TOML ({error}): restore it, or start anew in another --out.") from None
 
 

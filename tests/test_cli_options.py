@@ -59,7 +59,8 @@ KINDS = {f"{flag} {value}": _absurd(flag, value) for flag, value in ABSURD} | {
     "a fuse measured on no pairs": Kind(
         "fuse --model {model} --adapter {adapter} --out {out} --pairs 0", nothing, ("--pairs", "0")
     ),
-    "a table of models with an argument": _mistyped("models llama", "llama"),
+    "a recipe that is not there": Kind("models llama", nothing, ("llama", "smollm2-135m-instruct")),
+    "two recipes": _mistyped("models smollm2-135m-instruct qwen3-4b-instruct", "qwen3-4b-instruct"),
     "a temperature of 9": Kind(f"{CHAT} --temperature 9", nothing, ("--temperature", "9")),
     "a temperature of nan": Kind(f"{CHAT} --temperature nan", nothing, ("--temperature", "nan")),
     "a top-p of 0": Kind(f"{CHAT} --top-p 0", nothing, ("--top-p", "0")),

@@ -13,4 +13,4 @@ class DemoOptions:
     out: Path | None = None
     """Folder for the results. [default: runs/demo, or the next free runs/demo-2, …]"""
     quick: bool = False
-    """Train four steps only: shows that everything runs, not what it can do."""
+    """Take four steps on eight pairs: shows that everything runs, not what it can do."""

@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 from rich.table import Table
@@ -33,16 +34,17 @@ def run(options: DemoOptions) -> int:
     started = time.perf_counter()
     out = options.out or _free_folder(Path("runs"))
     refuse_occupied(out)
-    steps = _announced(options)
+    size = _announced(options)
     _heading("1. Convert")
     _converted(out / "model")
+    data = _data(out, size)
     _heading("2. Train, and compare")
-    end = _trained(out, steps)
+    end = _trained(out, data, size)
     if not isinstance(end, Finished):
         return 130
     _compared(end)
     _heading("3. Fuse, and prove it")
-    _fused(out)
+    _fused(out, size)
     _heading("4. Ask the fused model")
     _asked(out / "fused")
     minutes = (time.perf_counter() - started) / 60
@@ -57,8 +59,24 @@ def _free_folder(parent: Path) -> Path:
     return next(folder for folder in names if not folder.exists())
 
 
-def _announced(options: DemoOptions) -> int | None:
-    """Say what will happen and about how long it takes; return the number of steps, None for two epochs."""
+class _Size(NamedTuple):
+    """How much is done: None for all of the pairs, and what follows from it."""
+
+    train: int | None = None
+    valid: int | None = None
+    steps: int | None = None
+    batch: int = 4
+    samples: int = 6
+    sample_tokens: int = 96
+    fuse_pairs: int = 6
+
+
+_ALL = _Size()
+_QUICK = _Size(train=8, valid=4, steps=4, batch=2, samples=2, sample_tokens=24, fuse_pairs=2)
+
+
+def _announced(options: DemoOptions) -> _Size:
+    """Say what will happen and about how long it takes; return how much that is."""
     about = machine.describe()
     speed = product_speed()
     seconds = _OVERHEAD + 1e12 * _TERAFLOP / (speed * _SHARE)
@@ -69,12 +87,14 @@ def _announced(options: DemoOptions) -> int | None:
         f"{speed / 1e9:.0f} GFLOP/s."
     )
     if options.quick:
-        console.out.print("Quick: four steps only.")
+        console.out.print("Quick: four steps on eight pairs.")
     elif short:
-        console.out.print(f"All of it would take about {seconds / 60:.0f} minutes here, so it trains four steps only.")
+        console.out.print(
+            f"All of it would take about {seconds / 60:.0f} minutes here, so it takes four steps on eight pairs only."
+        )
     else:
         console.out.print(f"It takes about {max(1, round(seconds / 60))} minutes here.")
-    return 4 if short else None
+    return _QUICK if short else _ALL
 
 
 def product_speed(size: int = 1024) -> float:
@@ -96,13 +116,25 @@ def _converted(folder: Path) -> None:
         console.out.print(console.conversion_in_words(end))
 
 
-def _trained(out: Path, steps: int | None) -> Finished | Interrupted | None:
+def _data(out: Path, size: _Size) -> Path:
+    """The folder with the pairs: the demo's own, or the first few of them in the results."""
+    if size.train is None:
+        return PAIRS
+    data = out / "data"
+    data.mkdir()
+    for name, count in (("train.jsonl", size.train), ("valid.jsonl", size.valid)):
+        lines = (PAIRS / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (data / name).write_text("".join(lines[:count]), encoding="utf-8")
+    return data
+
+
+def _trained(out: Path, data: Path, size: _Size) -> Finished | Interrupted | None:
     options = TrainOptions(
         model=out / "model",
-        data=PAIRS,
+        data=data,
         out=out / "adapter",
         epochs=2,
-        steps=steps,
+        steps=size.steps,
         sft_weight=1.0,
         learning_rate=1.5e-3,
         rank=16,
@@ -110,10 +142,10 @@ def _trained(out: Path, steps: int | None) -> Finished | Interrupted | None:
         layers=15,
         warmup=0.1,
         schedule="cosine",
-        batch_size=4,
-        samples=6,
+        batch_size=size.batch,
+        samples=size.samples,
         questions=PAIRS / "questions.jsonl",
-        sample_tokens=96 if steps is None else 24,
+        sample_tokens=size.sample_tokens,
     )
     with console.StopRequest().listening() as stop:
         end = console.show_training(train.run(options, stop))
@@ -139,8 +171,9 @@ def _compared(end: Finished) -> None:
     )
 
 
-def _fused(out: Path) -> None:
-    options = FuseOptions(model=out / "model", adapter=out / "adapter", out=out / "fused", pairs=6)
+def _fused(out: Path, size: _Size) -> None:
+    pairs = size.fuse_pairs
+    options = FuseOptions(model=out / "model", adapter=out / "adapter", out=out / "fused", pairs=pairs)
     end = console.show_fusing(fuse.run(options, PAIRS / "valid.jsonl"))
     if end is not None:
         console.out.print(console.fusing_in_words(end))

@@ -92,7 +92,7 @@ def run(options: FuseOptions, fallback: Path) -> Iterator[Event]:
             if found.fidelity.survived >= ENOUGH:
                 break
         if found is None or found.fidelity.survived < ENOUGH:
-            raise Refusal(_nothing_helps(found))
+            raise Refusal(_nothing_helps(found, options.quantize))
         yield Phase("Writing, and reading back")
         with fidelity.replaced(computing.model, _computing(layers, computing.model).merged):
             said = _said(computing, pairs[0])
@@ -103,13 +103,13 @@ def run(options: FuseOptions, fallback: Path) -> Iterator[Event]:
     yield Fused(options.out, found.format, found.fidelity)
 
 
-def _nothing_helps(found: Measured | None) -> str:
+def _nothing_helps(found: Measured | None, quantize: str) -> str:
     if found is None:
         return "The adapter changes no layer of this model: there is nothing to merge."
-    return (
-        f"Only {found.fidelity.survived:.0%} of the adapter's effect would survive, even as {found.format}: keep base "
-        "and adapter apart, and use them with --adapter."
-    )
+    lost = f"Only {found.fidelity.survived:.0%} of the adapter's effect would survive, even as {found.format}"
+    if quantize in ("4", "6"):
+        return f"{lost}: ask for --quantize 8 or none."
+    return f"{lost}: keep base and adapter apart, and use them with --adapter."
 
 
 def _pairs(options: FuseOptions, loaded: Loaded, fallback: Path) -> tuple[list[Held], str]:
@@ -152,14 +152,12 @@ def _attempts(model: nn.Module, quantize: str) -> Iterator[tuple[str, dict[str, 
     yield asked, formats
     coarse = [name for name in lora if (formats[name].bits or 16) < 8]
     worst = sorted(coarse, key=lambda name: -_loss(lora[name], formats[name]))
-    for share in (0.5, 1.0):
-        taken = worst[: max(1, round(share * len(worst)))] if worst else []
-        if taken:
-            better = {name: merge.fitting(8, merge.plain_weight(lora[name].linear).shape[1]) for name in taken}
-            formats = formats | better
-            yield f"{asked}, with {len(taken)} of {len(lora)} adapted layers raised to 8 bit", formats
+    for count in sorted({math.ceil(len(worst) / 2), len(worst)} - {0}):
+        taken = worst[:count]
+        formats |= {name: merge.fitting(8, merge.plain_weight(lora[name].linear).shape[1]) for name in taken}
+        yield f"{asked}, with {count} of {len(lora)} adapted layers raised to 8 bit", formats
     if any(formats[name].bits for name in lora):
-        formats = formats | dict.fromkeys(lora, FLOATING)
+        formats |= dict.fromkeys(lora, FLOATING)
         yield f"{asked}, with the adapted layers in floating point", formats
 
 
@@ -212,8 +210,9 @@ def _computing(layers: merge.Layers, model: nn.Module) -> merge.Layers:
 
 def _write(folder: Path, options: FuseOptions, merged: Loaded, formats: Mapping[str, Format], found: Measured) -> None:
     config = dict(read_json(options.model / "config.json"))
-    config.pop("quantization_config", None)
-    quantization = _quantization(merged.model, config.pop("quantization", None))
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    quantization = _quantization(merged.model)
     if quantization:
         config["quantization"] = quantization
     save_model(folder, merged.model)
@@ -234,7 +233,7 @@ def _write(folder: Path, options: FuseOptions, merged: Loaded, formats: Mapping[
     (folder / record.MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _quantization(model: nn.Module, before: dict[str, Any] | None) -> dict[str, Any] | None:
+def _quantization(model: nn.Module) -> dict[str, Any] | None:
     """The quantization map of config.json, from what the layers are now."""
     layers = {name: merge.format_of(module) for name, module in model.named_modules() if _has_weight(module)}
     packed = [form for form in layers.values() if form.bits]

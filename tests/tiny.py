@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mlx_dpo.models.arrays import named_arrays
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
 CHATML = (
@@ -136,7 +137,7 @@ def write_model(folder: Path, family: str = "llama", seed: int = 0, dtype: mx.Dt
     model = model_class(args_class.from_dict(config))
     weights = {
         name: (value if value.ndim == 1 else mx.random.normal(value.shape) * 0.15).astype(dtype)
-        for name, value in tree_flatten(model.parameters())
+        for name, value in named_arrays(model.parameters()).items()
     }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     return folder

@@ -108,7 +108,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, least: float) -> list[float]:
-    """Two to six round numbers within a span, `least` or more apart."""
+    """Up to seven round numbers within a span, `least` or more apart."""
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
     step = max(least, min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw)))

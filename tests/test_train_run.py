@@ -1,0 +1,104 @@
+"""A run as planned, as recorded, and what one that must not end well leaves behind: nothing that looks finished."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import runs
+
+from mlx_dpo.align import objectives
+from mlx_dpo.align.events import Evaluated, Planned
+from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.models.arrays import read_arrays
+from mlx_dpo.models.load import load
+from mlx_dpo.refusal import Refusal
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture
+def options(tiny_folder: Folder, tmp_path: Path) -> TrainOptions:
+    return runs.options(tiny_folder("llama"), runs.write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out")
+
+
+def test_a_base_with_a_number_that_is_none_trains_nothing(options: TrainOptions, tmp_path: Path):
+    broken = shutil.copytree(options.model, tmp_path / "broken")
+    arrays, _ = read_arrays(broken / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    arrays[name] = arrays[name] * mx.array(math.nan)
+    mx.save_safetensors(str(broken / "model.safetensors"), arrays, metadata={"format": "pt"})
+    with pytest.raises(Refusal, match="not finite"):
+        runs.run(replace(options, model=broken))
+    assert not options.out.exists()
+
+
+def test_a_run_that_breaks_down_leaves_nothing_that_looks_finished(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+):
+    def fragile(margin: mx.array, beta: float, smoothing: float) -> mx.array:
+        sound = objectives.sigmoid(margin, beta, smoothing)
+        return mx.where(mx.abs(margin) > 1e-3, mx.array(math.inf), sound)
+
+    monkeypatch.setitem(objectives.PREFERENCE, "sigmoid", fragile)
+    with pytest.raises(Refusal, match="^Step 2 gave a loss of inf .* lower --learning-rate"):
+        runs.run(replace(options, epochs=4, save_every=1))
+    left = {path.name for path in options.out.iterdir()}
+    assert left == {"run.toml", "metrics.jsonl", "checkpoints"}
+    assert [row["step"] for row in runs.rows(options.out)] == [1]
+
+
+def test_a_dry_run_plans_and_writes_nothing(options: TrainOptions):
+    (planned,) = runs.run(replace(options, dry_run=True, epochs=2, batch_size=3))
+    assert isinstance(planned, Planned)
+    items = runs.pairs(load(options.model))
+    lengths = [len(pair.prompt) + len(answer) for pair in items for answer in (pair.chosen, pair.rejected)]
+    plan = planned.plan
+    assert (plan.pairs, plan.held_out, plan.tokens, plan.longest) == (8, 0, sum(lengths), max(lengths))
+    assert (plan.steps_an_epoch, plan.steps) == (3, 6)
+    assert not options.out.exists()
+
+
+def test_the_plan_is_what_happens(options: TrainOptions):
+    events = runs.run(replace(options, epochs=2, batch_size=3))
+    planned = next(event for event in events if isinstance(event, Planned))
+    rows = runs.rows(options.out)
+    assert len(rows) == planned.plan.steps
+    assert rows[-1]["num_tokens"] == 2 * planned.plan.tokens
+
+
+def test_steps_win_over_epochs(options: TrainOptions):
+    runs.run(replace(options, epochs=9, steps=3))
+    assert len(runs.rows(options.out)) == 3
+
+
+def test_evaluation_comes_when_asked_for_and_at_the_end(options: TrainOptions):
+    events = runs.run(replace(options, holdout=0.3, eval_every=2, batch_size=2, epochs=2))
+    found = [event for event in events if isinstance(event, Evaluated)]
+    rows = [row for row in runs.rows(options.out) if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [event.numbers for event in found] == [{k: v for k, v in row.items() if k != "step"} for row in rows]
+
+
+def test_memory_beyond_the_limit_is_refused_before_anything_is_written(options: TrainOptions):
+    with pytest.raises(Refusal, match="may be used: lower --batch-size"):
+        runs.run(replace(options, memory_limit=1e-3))
+    assert not options.out.exists()
+
+
+def test_the_manifest_names_base_data_adapter_and_versions(options: TrainOptions):
+    runs.run(replace(options, holdout=0.3))
+    facts = json.loads((options.out / "manifest.json").read_text())
+
+    def sha(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    assert facts["base"]["sha256"] == {"model.safetensors": sha(options.model / "model.safetensors")}
+    assert facts["adapter"]["sha256"] == sha(options.out / "adapters.safetensors")
+    assert facts["versions"].keys() >= {"mlx", "mlx-lm", "mlx-dpo"}
+    assert facts["scores"]["eval_pairs"] == 2

@@ -1,7 +1,9 @@
 """The command line: each command is a few lines that call a verb and print what it gives."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -14,6 +16,12 @@ os.environ.update(dict.fromkeys(_OFFLINE, "1"))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# Until somebody is there to explain an interrupt, it ends the process without a traceback.
+_INTERRUPT = signal.getsignal(signal.SIGINT)
+_AT_HOME = threading.current_thread() is threading.main_thread()
+if _AT_HOME:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import cyclopts  # noqa: E402
 from cyclopts import App, Parameter  # noqa: E402
 
@@ -23,6 +31,9 @@ from mlx_dpo.chat.options import ChatOptions  # noqa: E402
 from mlx_dpo.convert.fuse_options import FuseOptions  # noqa: E402
 from mlx_dpo.demo import DemoOptions  # noqa: E402
 from mlx_dpo.refusal import Refusal  # noqa: E402
+
+if _AT_HOME:
+    signal.signal(signal.SIGINT, _INTERRUPT)
 
 app = App(
     name="mlx_dpo",
@@ -39,10 +50,17 @@ def train(options: Annotated[TrainOptions, Parameter(name="*")]) -> int:
     """Align a model with preference pairs (DPO) or with answers (SFT), by a LoRA adapter."""
     from mlx_dpo import console
     from mlx_dpo import train as verb
+    from mlx_dpo.align import record
     from mlx_dpo.align.events import Finished, Interrupted
 
-    with console.StopRequest().listening() as stop:
-        end = console.show_training(verb.run(options, stop), console.out if options.dry_run else console.err)
+    try:
+        with console.StopRequest().listening() as stop:
+            end = console.show_training(verb.run(options, stop), console.out if options.dry_run else console.err)
+    except KeyboardInterrupt:
+        begun = (options.out / record.RUN).exists()
+        command = record.resume_command(options.out)
+        console.fail(f"Interrupted. To go on from the last checkpoint: {command}" if begun else "Interrupted.")
+        return 130
     if isinstance(end, Interrupted):
         console.err.print(f"Stopped after step {end.steps_done}; everything is saved. To go on:")
         console.out.print(end.command)
@@ -214,13 +232,22 @@ def _explained(error: BaseException) -> int:
         return 2
     if isinstance(error, Refusal):
         console.fail(str(error))
+    elif isinstance(error, BrokenPipeError):
+        _without_reader()
     elif isinstance(error, OSError):
-        console.fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+        console.fail(f"{error.filename or 'An output'}: {error.strerror or error}.")
     elif isinstance(error, MemoryError) or "malloc" in str(error):
         console.fail("There is not enough memory for this: choose a smaller model, batch or length.")
     else:
         console.fail(f"Something unforeseen went wrong ({type(error).__name__}: {error}); --debug shows where.")
     return 1
+
+
+def _without_reader() -> None:
+    """Whoever read has gone: say nothing more, or Python would complain when it closes the output."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -229,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = app.meta(
             list(sys.argv[1:] if arguments is None else arguments), exit_on_error=False, print_error=False
         )
-    except cyclopts.CycloptsError as error:
+        sys.stdout.flush()
+    except (cyclopts.CycloptsError, OSError) as error:
         status = _explained(error)
     raise SystemExit(status)

@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar on standard error, results on standard output."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,18 +29,20 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 class StopRequest:
-    """Set by the first Ctrl-C; the second one interrupts at once."""
+    """Set by the first Ctrl-C once there are steps; before them, and the second time, it interrupts at once."""
 
     def __init__(self) -> None:
-        """Nothing has been asked yet."""
+        """Nothing has been asked yet, and no step taken."""
         self.asked = False
+        self.begun = False
 
     def __call__(self) -> bool:
-        """Whether to stop after the current step."""
+        """Whether to stop after the step that was taken."""
+        self.begun = True
         return self.asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked or not self.begun:
             raise KeyboardInterrupt
         self.asked = True
         err.print("Stopping after this step; Ctrl-C again stops at once.")
@@ -152,8 +155,13 @@ def evaluation_in_words(numbers: dict[str, Any]) -> str:
 
 
 def fail(sentence: str) -> None:
-    """Print what went wrong on standard error."""
-    print(f"mlx_dpo: {sentence}", file=sys.stderr)
+    """Print what went wrong on standard error: a sentence, and a list below it where there is one.
+
+    What a file put into the sentence can neither move the cursor nor begin a line of its own.
+    """
+    text = re.sub(r"\n(?!  )", " ", sentence)
+    shown = "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)
+    print(f"mlx_dpo: {shown}", file=sys.stderr)
 
 
 def show_conversion(happenings: Iterable[conversion.Event]) -> conversion.Converted | None:

@@ -155,3 +155,9 @@ def test_a_folder_that_is_not_there_is_named(command: str, world: World, capfd: 
     refused(gone, world, capfd)
     file = Kind(COMMANDS[command].replace("{model}", "{pairs}"), lambda _: None, ("pairs.jsonl",))
     refused(file, world, capfd)
+
+
+def test_a_file_cannot_draw_on_the_screen(world: World, capfd: pytest.CaptureFixture[str]):
+    harm = _config(model_type="evil\x1b[2J\nmlx_dpo: all is well")
+    sentence = refused(Kind(CHAT, harm, ("evil",)), world, capfd)
+    assert "\x1b" not in sentence

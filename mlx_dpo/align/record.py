@@ -1,6 +1,7 @@
 """The files of a run: its options, its numbers step by step, its manifest."""
 
 import json
+import shlex
 import tomllib
 from collections.abc import Iterable
 from importlib import metadata
@@ -37,6 +38,11 @@ def read_options(out: Path) -> dict[str, Any]:
         raise Refusal(f"{path} is not UTF-8: restore it, or start anew in another --out.") from None
     except tomllib.TOMLDecodeError as error:
         raise Refusal(f"{path} is not valid TOML ({error}): restore it, or start anew in another --out.") from None
+
+
+def resume_command(out: Path) -> str:
+    """What to type to go on with the run in `out`."""
+    return f"mlx_dpo train --resume --config {shlex.quote(str(out / RUN))}"
 
 
 def refuse_other_options(out: Path, options: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """A run in memory and on disk: from a model with its adapter to a folder that holds the result."""
 
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -57,8 +56,7 @@ class Run:
                 yield from self._evaluation()
             if stop() and done < self.steps:
                 self._save()
-                run = shlex.quote(str(options.out / record.RUN))
-                yield Interrupted(done, f"mlx_dpo train --resume --config {run}")
+                yield Interrupted(done, record.resume_command(options.out))
                 return
             if options.save_every and done % options.save_every == 0:
                 self._save()

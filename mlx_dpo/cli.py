@@ -42,6 +42,7 @@ app = App(
     help_format="plaintext",
     default_parameter=Parameter(negative=()),
     result_action="return_int_as_exit_code_else_zero",
+    suppress_keyboard_interrupt=False,  # `launch` says that it was interrupted
 )
 
 

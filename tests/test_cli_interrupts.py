@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from commands import PAIRS, TRAIN, World, typed, write_pairs
+from commands import FUSE, PAIRS, TRAIN, World, state, typed, write_pairs
 
 PROGRAM = [sys.executable, "-m", "mlx_dpo"]
 PATIENCE = 60.0  # seconds
@@ -88,6 +88,16 @@ def test_an_interrupt_before_the_first_step_ends_at_once(world: World):
     assert messages.splitlines() == ["mlx_dpo: Interrupted."]
     assert time.monotonic() - started < PATIENCE / 2
     assert not world.out.exists()
+
+
+def test_an_interrupted_fuse_leaves_nothing(world: World):
+    _many_pairs(world)
+    before = state(world.here)
+    command = f"{FUSE} --data {{pairs}}".replace("--pairs 2", "--pairs 600")
+    status, output, messages = _interrupted_at("Merging, and measuring", _started(command, world))
+    assert (status, output) == (130, "")
+    assert messages.splitlines()[-1] == "mlx_dpo: Interrupted."
+    assert state(world.here) == before
 
 
 def test_an_interrupt_while_libraries_are_read_shows_no_traceback(world: World):

@@ -102,6 +102,8 @@ def test_recomputing_leaves_models_of_the_same_kind_and_itself_as_they_were(tiny
         assert all(type(block) is not kind for block in blocks(one.model))
         assert all(type(block) is kind for block in blocks(other.model))
         assert mx.array_equal(one.model(tokens), other.model(tokens))
+        kept = runs.weights(one)
+    assert all(np.array_equal(value, kept[name]) for name, value in runs.weights(other).items())
     with pytest.raises(KeyError), memory.recomputed_blocks(one.model):
         raise KeyError
     assert all(type(block) is kind for block in blocks(one.model))

@@ -16,7 +16,8 @@ from mlx_dpo.align import objectives
 from mlx_dpo.align.events import Evaluated, Planned
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.models.arrays import read_arrays
-from mlx_dpo.models.load import load
+from mlx_dpo.models.load import load, on_cpu
+from mlx_dpo.models.memory import Load, peak_bytes
 from mlx_dpo.refusal import Refusal
 
 Folder = Callable[[str], Path]
@@ -56,11 +57,16 @@ def test_a_run_that_breaks_down_leaves_nothing_that_looks_finished(
 def test_a_dry_run_plans_and_writes_nothing(options: TrainOptions):
     (planned,) = runs.run(replace(options, dry_run=True, epochs=2, batch_size=3))
     assert isinstance(planned, Planned)
-    items = runs.pairs(load(options.model))
+    loaded = load(options.model)
+    items = runs.pairs(loaded)
     lengths = [len(pair.prompt) + len(answer) for pair in items for answer in (pair.chosen, pair.rejected)]
     plan = planned.plan
     assert (plan.pairs, plan.held_out, plan.tokens, plan.longest) == (8, 0, sum(lengths), max(lengths))
     assert (plan.steps_an_epoch, plan.steps) == (3, 6)
+    answers = 6 * max(len(answer) for pair in items for answer in (pair.chosen, pair.rejected))
+    load_of_three = Load(rows=6, length=max(lengths), responses=answers, rank=4, grad_checkpoint=False)
+    weights = (options.model / "model.safetensors").stat().st_size
+    assert plan.memory_gb * 1e9 == peak_bytes(loaded.config, weights, load_of_three, on_cpu=on_cpu())
     assert not options.out.exists()
 
 

@@ -39,11 +39,12 @@ def options(tiny_folder: Folder, tmp_path: Path) -> TrainOptions:
     return runs.options(tiny_folder("llama"), runs.write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out", **HARD)
 
 
-@pytest.fixture
-def whole(options: TrainOptions, tmp_path: Path) -> Path:
-    """The folder of the same run, never stopped."""
-    runs.run(replace(options, out=tmp_path / "whole"))
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, never stopped; tests must not write there."""
+    here = tmp_path_factory.mktemp("never-stopped")
+    runs.run(runs.options(tiny_folder("llama"), runs.write_pairs(here / "pairs.jsonl"), here / "whole", **HARD))
+    return here / "whole"
 
 
 def resumed(options: TrainOptions, **changes: Any) -> TrainOptions:

@@ -124,6 +124,7 @@ def refused(kind: Kind, place: World, capfd: pytest.CaptureFixture[str]) -> str:
     assert found.output == ""
     assert found.status == kind.status, found
     assert state(place.here) == before
+    assert ".part-" not in sentence  # a name that nobody will find
     missing = [name for name in kind.names if name not in sentence]
     assert not missing, sentence
     return sentence

@@ -82,7 +82,7 @@ def _code(world: World, name: str = "evil.py") -> None:
     (world.model / name).write_text(f"open({str(world.here / 'harmed')!r}, 'w').write('x')\n")
 
 
-@pytest.mark.parametrize("command", [CHAT, TRAIN, CONVERT])
+@pytest.mark.parametrize("command", [f"{CHAT} --temperature 0", TRAIN, CONVERT])
 def test_code_beside_a_model_is_not_run(command: str, world: World, capfd: pytest.CaptureFixture[str]):
     for name in ("modeling_evil.py", "tokenization_evil.py", "sitecustomize.py"):
         _code(world, name)

@@ -42,7 +42,7 @@ def _told(module: str, words: list[str]) -> tuple[int, str]:
     [
         ("mlx_dpo", TRAIN),
         ("mlx_dpo.train", TRAIN.removeprefix("train ")),
-        ("mlx_dpo", f"{CHAT} --adapter {{adapter}}"),
+        ("mlx_dpo", f"{CHAT} --temperature 0 --adapter {{adapter}}"),
         ("mlx_dpo", FUSE),
         ("mlx_dpo", CONVERT),
     ],

@@ -87,7 +87,10 @@ def load_result(folder: Path, where: str) -> tuple[nn.Module, TokenizerWrapper]:
         model, config = load_model(folder, lazy=True)
     except Exception as error:
         raise not_whole(where, config, error) from None
-    return model, read_tokenizer(folder, config)
+    try:
+        return model, read_tokenizer(folder, config)
+    except Refusal as refusal:  # the folder is gone by the time that somebody reads this
+        raise Refusal(str(refusal).replace(str(folder), where)) from None
 
 
 def not_whole(where: str, config: dict[str, Any], error: Exception) -> Refusal:

@@ -253,10 +253,12 @@ def _without_reader() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `mlx_dpo` command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if any("\ud800" <= sign <= "\udfff" for sign in word):
+            _misused(f"{word!a} is not UTF-8: type it, or rename the file, in that encoding.")
     try:
-        status = app.meta(
-            list(sys.argv[1:] if arguments is None else arguments), exit_on_error=False, print_error=False
-        )
+        status = app.meta(words, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except (cyclopts.CycloptsError, OSError) as error:
         status = _explained(error)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import CHAT, CONVERT, FUSE, PAIRS, TRAIN, Kind, World, nothing, refused, said, state, write_pairs
+from commands import CHAT, CONVERT, FUSE, PAIRS, TRAIN, Kind, World, nothing, refused, said, state, typed, write_pairs
 
 COMMANDS = {"train": TRAIN, "convert": CONVERT, "fuse": FUSE}
 
@@ -174,6 +174,22 @@ def test_a_question_that_cannot_be_asked_is_refused(
     command, data, names = QUESTIONS[name]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     refused(Kind(command, nothing, names), world, capfd)
+
+
+def test_an_empty_question_is_refused(world: World, capfd: pytest.CaptureFixture[str]):
+    found = said(["chat", "--model", str(world.model), ""], world, capfd)
+    assert (found.status, found.output) == (1, "")
+    assert "question is empty" in found.sentence
+
+
+def test_a_name_in_another_encoding_is_refused(world: World, capfd: pytest.CaptureFixture[str]):
+    found = said([*typed(TRAIN, world), "--adapter", os.fsdecode(b"caf\xe9")], world, capfd)
+    assert (found.status, found.output) == (2, "")
+    assert "caf\\udce9" in found.sentence
+
+
+def test_the_demo_leaves_a_place_that_is_taken(world: World, capfd: pytest.CaptureFixture[str]):
+    refused(Kind("demo --out {adapter}", nothing, ("adapter", "already holds")), world, capfd)
 
 
 def test_a_system_prompt_that_the_template_leaves_out_is_refused(world: World, capfd: pytest.CaptureFixture[str]):

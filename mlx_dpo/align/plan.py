@@ -40,6 +40,7 @@ def planned(
         responses=rows * max(max(len(p.chosen), len(p.rejected)) for p in train),
         rank=options.rank or 8,
         grad_checkpoint=options.grad_checkpoint,
+        dropout=bool(options.dropout),
     )
     weights = sum(file.stat().st_size for file in weight_files(options.model))
     steps = options.steps or order.steps(options.epochs)

@@ -1,8 +1,9 @@
 """The whole loop on a small real model: convert, train, compare, fuse, one turn of chat."""
 
 import shlex
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,9 @@ from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import refuse_occupied
 
 _RECIPE = "smollm2-135m-instruct"
-_TERAFLOP = 62.0  # of matrix products in the whole run, forward, backward and in generation
-_SHARE = 0.45  # of the speed of one large product that the run as a whole reached where it was measured
-_OVERHEAD = 60.0  # seconds that do not depend on the products: loading, hashing, writing
+_FLOP = 28e12  # of matrix products in the whole run: forward, backward and in generation
+_EXPONENTIALS = 17e9  # what the rest amounts to, fitted to a whole run; on CPUs softmax and SwiGLU take as long
+_OVERHEAD = 60.0  # seconds that depend on neither: fetching, loading, hashing, writing
 _SLOW = 15 * 60.0  # seconds; beyond that the demo trains less
 
 
@@ -78,13 +79,13 @@ _QUICK = _Size(train=8, valid=4, steps=4, batch=2, samples=2, sample_tokens=24, 
 def _announced(options: DemoOptions) -> _Size:
     """Say what will happen and about how long it takes; return how much that is."""
     about = machine.describe()
-    speed = product_speed()
-    seconds = _OVERHEAD + 1e12 * _TERAFLOP / (speed * _SHARE)
+    products, exponentials = _speeds()
+    seconds = _OVERHEAD + _FLOP / products + _EXPONENTIALS / exponentials
     short = options.quick or seconds > _SLOW
     console.out.print(
         "This runs the whole loop on SmolLM2-135M-Instruct: convert, train, compare, fuse, chat.\n"
         f"Machine: {about.name}, {about.cores} cores, {about.memory / 1e9:.0f} GB; {about.device}, {about.blas}; "
-        f"{speed / 1e9:.0f} GFLOP/s."
+        f"{products / 1e9:.0f} GFLOP/s."
     )
     if options.quick:
         console.out.print("Quick: four steps on eight pairs.")
@@ -97,13 +98,21 @@ def _announced(options: DemoOptions) -> _Size:
     return _QUICK if short else _ALL
 
 
-def product_speed(size: int = 1024) -> float:
-    """Floating-point operations a second of a float32 matrix product on MLX's device."""
-    a = mx.random.normal((size, size), key=mx.random.key(0))
-    mx.eval(a @ a)
-    started = time.perf_counter()
-    mx.eval([a @ (a + i) for i in range(4)])
-    return 4 * 2 * size**3 / (time.perf_counter() - started)
+def _speeds() -> tuple[float, float]:
+    """Operations of a float32 matrix product, and exponentials, a second on MLX's device."""
+    square = mx.random.normal((1024, 1024), key=mx.random.key(0))
+    product, exponential = _seconds(lambda: square @ square), _seconds(lambda: mx.exp(square))
+    return 2 * 1024**3 / product, square.size / exponential
+
+
+def _seconds(work: Callable[[], mx.array]) -> float:
+    """The median time of a few runs, after one to warm up."""
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        mx.eval(work())
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 def _heading(text: str) -> None:

@@ -115,14 +115,21 @@ def test_a_start_adapter_in_16_bit_learns_in_float32(tiny_folder: Folder, saved:
     [
         ({"rank": 8}, "--rank is 8, but the adapter .* has 4"),
         ({"alpha": 16.0}, "--alpha is 16, but the adapter .* has 6"),
-        ({"targets": ("q_proj",)}, "--targets and --layers are those of the adapter"),
-        ({"layers": 2}, "--targets and --layers are those of the adapter"),
+        ({"targets": ("q_proj",)}, "--targets are not those of the adapter"),
+        ({"layers": 2}, "--layers is 2, but the adapter .* has 1"),
     ],
 )
 def test_a_start_adapter_is_not_to_be_contradicted(saved: Path, options: dict, reason: str):
     given = runs.options(saved, saved, saved, adapter=saved, **({"rank": None} | options))
     with pytest.raises(Refusal, match=reason):
         with_adapter_shape(given)
+
+
+def test_a_start_adapters_own_shape_may_be_repeated(saved: Path):
+    shape = adapters.read_shape(saved)
+    names = tuple(key.rsplit(".", 1)[-1] for key in shape.keys)
+    given = runs.options(saved, saved, saved, adapter=saved, rank=4, alpha=6.0, layers=1, targets=names)
+    assert with_adapter_shape(given).rank == 4
 
 
 def _without(name: str) -> Callable[[Path], object]:

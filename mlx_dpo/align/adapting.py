@@ -27,12 +27,13 @@ def with_adapter_shape(options: TrainOptions) -> TrainOptions:
             dropout=_DROPOUT if options.dropout is None else options.dropout,
         )
     shape = adapters.read_shape(options.adapter)
-    for name, own in (("rank", shape.rank), ("alpha", shape.alpha)):
+    for name, own in (("rank", shape.rank), ("alpha", shape.alpha), ("layers", shape.layers)):
         given = getattr(options, name)
         if given is not None and abs(given - own) > 1e-6:
             raise Refusal(f"--{name} is {given:g}, but the adapter {options.adapter} has {own:g}: leave it away.")
-    if options.targets or options.layers:
-        raise Refusal("--targets and --layers are those of the adapter that training starts from: leave them away.")
+    if options.targets and not adapters.are_named(options.targets, shape.keys):
+        own = ", ".join(shape.keys) or "every linear module"
+        raise Refusal(f"--targets are not those of the adapter {options.adapter} ({own}): leave them away.")
     dropout = shape.dropout if options.dropout is None else options.dropout
     return replace(options, rank=shape.rank, alpha=shape.alpha, dropout=dropout)
 

@@ -63,6 +63,12 @@ def chosen_keys(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(key for key in known if not targets or any(_names(target, key) for target in targets))
 
 
+def are_named(targets: Sequence[str], keys: Sequence[str]) -> bool:
+    """Whether `targets` name all of `keys` and nothing else."""
+    every = all(any(_names(target, key) for target in targets) for key in keys)
+    return every and all(any(_names(target, key) for key in keys) for target in targets)
+
+
 def _names(target: str, key: str) -> bool:
     return key == target or key.rsplit(".", 1)[-1] == target
 

@@ -56,11 +56,11 @@ def config(case: Case) -> dict[str, Any]:
     }
 
 
-def measured(case: Case, grad_checkpoint: bool, dropout: float) -> float:
+def measured(case: Case, grad_checkpoint: bool, dropout: float, layers: int | None = None) -> float:
     """The peak of a real step, in bytes."""
     model = Model(ModelArgs.from_dict(config(case)))
     keys = adapters.chosen_keys(model, ())
-    adapters.attach(model, adapters.AdapterShape(8, 2.0, dropout, keys, case.depth), seed=0)
+    adapters.attach(model, adapters.AdapterShape(8, 2.0, dropout, keys, layers or case.depth), seed=0)
     answers = [list(range(5 + case.pairs, 5 + case.pairs + case.response)) for _ in range(2)]
     pair = TokenisedPair(list(range(case.prompt)), answers[0], answers[1], "row")
     options = TrainOptions(
@@ -83,6 +83,19 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(case: Case, grad_
     rows = 2 * case.pairs
     load = memory.Load(rows, case.prompt + case.response, rows * case.response, 8, grad_checkpoint, dropout > 0)
     assert memory.peak_bytes(config(case), 0, load, on_cpu=True) == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.skipif(not on_cpu(), reason="the estimate was fitted on the CPU; a GPU keeps other things")
+def test_blocks_below_the_lowest_adapter_cost_nothing_in_the_backward_pass():
+    case = CASES[2]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    peak = measured(case, False, 0.0, layers=3) - before
+    rows = 2 * case.pairs
+    load = memory.Load(rows, case.prompt + case.response, rows * case.response, 8, False, layers=3)
+    estimate = memory.peak_bytes(config(case), 0, load, on_cpu=True)
+    assert estimate == pytest.approx(peak, rel=0.25)
+    assert estimate < 0.7 * memory.peak_bytes(config(case), 0, load._replace(layers=None), on_cpu=True)
 
 
 def test_a_deep_model_needs_less_by_recomputing_and_more_text_needs_more():

@@ -35,7 +35,8 @@ def with_adapter_shape(options: TrainOptions) -> TrainOptions:
         own = ", ".join(shape.keys) or "every linear module"
         raise Refusal(f"--targets are not those of the adapter {options.adapter} ({own}): leave them away.")
     dropout = shape.dropout if options.dropout is None else options.dropout
-    return replace(options, rank=shape.rank, alpha=shape.alpha, dropout=dropout)
+    layers = shape.layers if shape.layers > 0 else None  # mlx-lm writes -1 for all
+    return replace(options, rank=shape.rank, alpha=shape.alpha, dropout=dropout, layers=layers)
 
 
 def attached(loaded: Loaded, options: TrainOptions) -> adapters.AdapterShape:

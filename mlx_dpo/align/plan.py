@@ -41,6 +41,7 @@ def planned(
         rank=options.rank or 8,
         grad_checkpoint=options.grad_checkpoint,
         dropout=bool(options.dropout),
+        layers=options.layers,
     )
     weights = sum(file.stat().st_size for file in weight_files(options.model))
     steps = options.steps or order.steps(options.epochs)

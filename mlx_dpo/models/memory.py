@@ -70,7 +70,10 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 class Load(NamedTuple):
-    """The largest batch of a run: rows, their padded length and response tokens in all; and how it learns."""
+    """The largest batch of a run: rows, their padded length and response tokens in all; and how it learns.
+
+    `layers` blocks from the top are adapted, None means all; the backward pass goes no lower.
+    """
 
     rows: int
     length: int
@@ -78,27 +81,29 @@ class Load(NamedTuple):
     rank: int
     grad_checkpoint: bool
     dropout: bool = False
+    layers: int | None = None
 
 
 def peak_bytes(config: dict[str, Any], weights: int, load: Load, *, on_cpu: bool) -> float:
     """Estimate the peak memory of a training step in bytes, from the model's configuration alone.
 
-    Counts weights, adapter with gradient and two moments, and what the backward pass keeps: of every block with the
-    logits; or, with recomputed blocks, their inputs and the larger of one block and the logits.
+    Counts weights, adapter with gradient and two moments, and what the backward pass keeps: of every adapted block
+    with the logits; or, with recomputed blocks, their inputs and the larger of one block and the logits.
     """
     size = sizes(config)
     is_float32 = (config.get("torch_dtype") or config.get("dtype")) == "float32"
     number = 4 if on_cpu or is_float32 else 2
     if on_cpu:  # nothing is packed there: four bytes a parameter
         weights = 4 * _parameters(size, tied=_tied(config))
-    adapter = size.layers * load.rank * (6 * size.hidden + 3 * (size.hidden + size.inner)) * 16
+    learning = min(load.layers or size.layers, size.layers)
+    adapter = learning * load.rank * (6 * size.hidden + 3 * (size.hidden + size.inner)) * 16
     wanted = load.responses * size.vocabulary * 4
     chunked = wanted > LOGIT_BYTES
     if load.grad_checkpoint:
-        inputs = size.layers * load.rows * load.length * size.hidden * number
+        inputs = learning * load.rows * load.length * size.hidden * number
         logits = min(wanted, LOGIT_BYTES) * (_CHUNK_COPIES if chunked else _LOGIT_COPIES)
         return weights + adapter + inputs + max(_block_bytes(size, load, _RECOMPUTED, number), logits)
-    kept = size.layers * _block_bytes(size, load, _KEPT, number)
+    kept = learning * _block_bytes(size, load, _KEPT, number)
     return weights + adapter + kept + min(wanted, LOGIT_BYTES) * _LOGIT_COPIES
 
 

@@ -1,9 +1,12 @@
 """Shared fixtures: tiny random models, one folder a family, built once a run."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+# A shell in the background hands down an ignored Ctrl-C, and the programs under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 

@@ -5,8 +5,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-# A shell in the background hands down an ignored Ctrl-C, and the programs under test would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
@@ -15,6 +13,9 @@ import mlx_dpo  # noqa: F401  (loads the BLAS before MLX)
 import pytest  # isort: skip
 import commands  # isort: skip
 import tiny  # isort: skip
+
+# A shell in the background hands down an ignored Ctrl-C, and the programs under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from mlx_dpo.data.examples import Example
 from mlx_dpo.data.reading import Splits, read, split_off
 from mlx_dpo.data.tokenised import tokenise
 from mlx_dpo.models.adapters import WEIGHTS, load_adapter, read_folder
-from mlx_dpo.models.load import Loaded, load, load_to_compute, on_cpu
+from mlx_dpo.models.load import Loaded, compute_dtype, load, load_to_compute, on_cpu
 from mlx_dpo.models.weights import read_json
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import sha256_of, whole_folder
@@ -200,7 +200,7 @@ def _computing(layers: merge.Layers, model: nn.Module) -> merge.Layers:
     """The layers in the form that `model` computes in: their own, or float32 and unpacked on the CPU."""
     if not on_cpu():
         return layers
-    dtype = merge.storage_dtype(model)
+    dtype = compute_dtype(model)
     merged, plain = (
         {name: merge.stored(merge.plain_weight(layer), layer, FLOATING, dtype) for name, layer in part.items()}
         for part in (layers.merged, layers.plain)

@@ -100,11 +100,6 @@ def _quantised(weight: mx.array, into: Format, dtype: mx.Dtype, embedding: bool)
     return layer
 
 
-def storage_dtype(model: nn.Module) -> mx.Dtype:
-    """The floating-point type of what is written: the base's own."""
-    return compute_dtype(model)
-
-
 class Layers(NamedTuple):
     """New layers by path, with the adapter merged in, and the same in the same formats without it.
 
@@ -118,7 +113,7 @@ class Layers(NamedTuple):
 
 def layers(model: nn.Module, formats: Mapping[str, Format]) -> Layers:
     """New layers for every path in `formats`; what is in its format already stays as it is, to the bit."""
-    dtype = storage_dtype(model)
+    dtype = compute_dtype(model)
     lora = adapted(model)
     modules = dict(model.named_modules())
     merged, plain, rounded = {}, {}, False

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate
 
 from mlx_dpo import machine
-from mlx_dpo.align.reference import pair_rows
+from mlx_dpo.align.scores import pair_rows
 from mlx_dpo.chat.engine import open_conversation
 from mlx_dpo.chat.options import Sampling
 from mlx_dpo.convert.conversion import convert
@@ -82,7 +82,7 @@ def peak(run: Callable[[], object]) -> float:
 def results(folder: Path, runs: int) -> str:
     """The section of RESULTS.md for this machine."""
     loaded = load_to_compute(folder)
-    pairs = tokenise(read(PAIRS, pairs=True).train[:4], loaded.tokenizer, None).items
+    pairs = tokenise(read(PAIRS, kind="pairs").train[:4], loaded.tokenizer, None).items
     conversation = open_conversation(folder, None, Sampling(temperature=0.0, max_tokens=48))
     plain = [{"role": "user", "content": _QUESTION}]
     prompt = loaded.tokenizer.apply_chat_template(plain, add_generation_prompt=True, enable_thinking=False)

@@ -115,16 +115,16 @@ def _nothing_helps(found: Measured | None, quantize: str) -> str:
 def _pairs(options: FuseOptions, loaded: Loaded, fallback: Path) -> tuple[list[Held], str]:
     """Held-out pairs as token ids, and what they are, in words."""
     path = options.data
-    examples = _held_out_of(read(path, pairs=True)) if path else []
+    examples = _held_out_of(read(path, kind="pairs")) if path else []
     if path is None and (run := _preference_run(options.adapter)) is not None:
         path = Path(run["data"])
-        splits = read(path, pairs=True)
+        splits = read(path, kind="pairs")
         examples = _held_out_of(splits)
         if run["holdout"] and not splits.valid:
             examples = split_off(splits.train, run["holdout"], run["seed"])[1]
     if not examples:
         path = fallback
-        examples = read(fallback, pairs=True).train
+        examples = read(fallback, kind="pairs").train
     items = tokenise(examples[: options.pairs], loaded.tokenizer, None).items
     return [Held(item.prompt, item.chosen, item.rejected) for item in items], str(path)
 

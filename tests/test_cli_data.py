@@ -29,6 +29,7 @@ def _split(names: str) -> Callable[[World], object]:
 GOOD = PAIRS[0]
 LINE = json.dumps(GOOD).encode() + b"\n"
 FOREIGN = "train --model {model} --data {here}/other%s --out {out} --steps 1"
+SFT = TRAIN + " --method sft"
 KINDS = {
     "no such file": Kind("train --model {model} --data {here}/none.jsonl --out {out}", nothing, ("none.jsonl",)),
     "a file that holds nothing": Kind(TRAIN, _bytes(b""), ("pairs.jsonl", "empty")),
@@ -69,6 +70,24 @@ KINDS = {
     ),
     "holdout of a single prompt": Kind(TRAIN + " --holdout 0.5", _rows(GOOD), ("--holdout",)),
     "longer than the longest": Kind(TRAIN + " --max-length 8", nothing, ("--max-length",)),
+    "a labelled completion among pairs": Kind(
+        TRAIN,
+        _rows(GOOD, {"prompt": "x", "completion": "y", "label": True}),
+        ("line 2", "completion", "label", "--loss kto"),
+    ),
+    "a table of labelled completions": Kind(
+        FOREIGN % ".csv",
+        lambda world: (world.here / "other.csv").write_text("prompt,completion,label\na,b,true\n"),
+        ("chosen", "--loss kto"),
+    ),
+    "a text beside a prompt": Kind(SFT, _rows({"text": "a"}, GOOD | {"text": "a"}), ("line 2", "text", "prompt")),
+    "a text of numbers": Kind(SFT, _rows({"text": 7}), ("line 1", "text", "number")),
+    "a text of blanks": Kind(SFT, _rows({"text": " "}), ("line 1", "text", "empty")),
+    "a table without a text": Kind(
+        FOREIGN % ".csv" + " --method sft",
+        lambda world: (world.here / "other.csv").write_text("texts\na\n"),
+        ("other.csv", "messages", "text"),
+    ),
     "questions that are none": Kind(
         TRAIN + " --questions {here}/q.jsonl",
         lambda world: (world.here / "q.jsonl").write_text('{"question": "x"}\n'),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlx_dpo.data.examples import Example, Repeated, example
+from mlx_dpo.data.examples import Example, Kind, Repeated, example
 from mlx_dpo.data.reading import fingerprint, split_off
 from mlx_dpo.data.templates import Message
 from mlx_dpo.refusal import Refusal
@@ -15,8 +15,8 @@ NO, SYSTEM = {"role": "assistant", "content": "Go."}, {"role": "system", "conten
 GOOD: dict[str, Any] = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
-def reasons(row: object, *, pairs: bool = True) -> str:
-    made = example(row, "here", pairs=pairs)
+def reasons(row: object, *, kind: Kind = "pairs") -> str:
+    made = example(row, "here", kind=kind)
     assert isinstance(made, list)
     return "; ".join(made)
 
@@ -69,7 +69,7 @@ def test_bad_pair_says_why(row: object, reason: str):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "p", "rejected": "r"}, "an answer (chosen, completion or messages) is missing"),
+        ({"prompt": "p", "rejected": "r"}, "an answer (chosen, completion, messages or text) is missing"),
         ({"completion": "c"}, "prompt is missing"),
         ({"chosen": "c"}, "prompt is missing"),
         ({"messages": "hello"}, "messages is text, not a list"),
@@ -80,13 +80,13 @@ def test_bad_pair_says_why(row: object, reason: str):
     ],
 )
 def test_bad_answered_prompt_says_why(row: object, reason: str):
-    assert reason in reasons(row, pairs=False)
+    assert reason in reasons(row, kind="answers")
 
 
 def test_the_beginning_is_split_off_at_a_message_and_never_inside_a_text():
     shared = [SYSTEM, USER, YES, USER]
     chosen, rejected = YES | {"content": "The same start, yes."}, YES | {"content": "The same start, no."}
-    made = example({"chosen": [*shared, chosen], "rejected": [*shared, rejected]}, "here", pairs=True)
+    made = example({"chosen": [*shared, chosen], "rejected": [*shared, rejected]}, "here", kind="pairs")
     assert made == Example(
         tuple(Message(**turn) for turn in shared), "The same start, yes.", "The same start, no.", "here"
     )
@@ -94,12 +94,12 @@ def test_the_beginning_is_split_off_at_a_message_and_never_inside_a_text():
 
 def test_columns_that_are_not_read_change_nothing():
     extra = {"id": 7, "score": float("nan"), "completion": 3, "messages": "x", "system": None}
-    assert example(GOOD | extra, "here", pairs=True) == example(GOOD, "here", pairs=True)
+    assert example(GOOD | extra, "here", kind="pairs") == example(GOOD, "here", kind="pairs")
 
 
 def test_a_message_keeps_its_name_and_forgets_empty_fields():
     turn = USER | {"name": "Ana", "tool_calls": None, "weight": 1}
-    made = example(GOOD | {"prompt": [turn]}, "here", pairs=True)
+    made = example(GOOD | {"prompt": [turn]}, "here", kind="pairs")
     assert isinstance(made, Example)
     assert made.prompt == (Message(role="user", content="He fell.", name="Ana"),)
 
@@ -158,3 +158,36 @@ def test_the_fingerprint_follows_the_text_and_its_order_only():
         [every[0]._replace(prompt=(Message(role="system", content="a"),)), every[1]],
     ]
     assert len({fingerprint(other) for other in [every, *others]}) == 6
+
+
+# SHA-256 of the examples' text, as runs that were recorded before there were other kinds of rows have them.
+NAMED = {
+    "pairs": (
+        [
+            {"prompt": "He fell.", "system": "Be kind.", "chosen": "Stay.", "rejected": "Go."},
+            {"prompt": [{"role": "user", "content": "何を?", "name": "Ana"}], "chosen": "Yes.\n", "rejected": "No."},
+        ],
+        "394a453eb58581ed5521f6eca1465cccc87c58345eb083eda0e8b9e330959e83",
+    ),
+    "answers": (
+        [
+            {"prompt": "He fell.", "completion": "Stay."},
+            {"messages": [{"role": "user", "content": "何を?"}, {"role": "assistant", "content": "Yes.\n"}]},
+        ],
+        "60003de730c728f0e45ea4256dd00178474cbe87bc34f15eea4de7397025315b",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_the_fingerprint_of_a_data_set_stays_what_it_was(kind: Kind):
+    rows, digest = NAMED[kind]
+    every = [example(row, "here", kind=kind) for row in rows]
+    assert fingerprint([item for item in every if isinstance(item, Example)]) == digest
+
+
+def test_the_fingerprint_tells_text_thumbs_and_answers_apart():
+    (item,) = examples_of(["a"])
+    up, down = item._replace(rejected=None), item._replace(chosen=None, rejected=item.chosen)
+    every = [item, up, down, up._replace(prompt=())]
+    assert len({fingerprint([other]) for other in every}) == 4

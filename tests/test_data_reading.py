@@ -1,24 +1,20 @@
 """The same rows read equal from every format; whatever is wrong is named by file, place and reason."""
 
 import csv
-import io
-import json
 import os
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from tables import WRITERS, Rows, as_csv, as_json, as_jsonl, as_parquet, stored
 
 import mlx_dpo
+from mlx_dpo.data.examples import Kind
 from mlx_dpo.data.reading import fingerprint, read
 from mlx_dpo.refusal import Refusal
 
-Rows = list[dict[str, Any]]
 HERS = Path(mlx_dpo.__file__).parents[2] / "shared/data/empathy-by-design/pairs.jsonl"
 TEXTS = [
     "plain",
@@ -40,50 +36,15 @@ YES, NO = {"role": "assistant", "content": "Stay."}, {"role": "assistant", "cont
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
-def as_jsonl(rows: Rows) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def as_json(rows: Rows) -> bytes:
-    return json.dumps(rows, ensure_ascii=False, indent=1).encode()
-
-
-def as_csv(rows: Rows) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def as_parquet(rows: Rows) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
-    return sink.getvalue().to_pybytes()
-
-
-WRITERS: dict[str, Callable[[Rows], bytes]] = {
-    "jsonl": as_jsonl,
-    "json": as_json,
-    "csv": as_csv,
-    "parquet": as_parquet,
-}
-
-
-def refused(path: Path, *, pairs: bool = True) -> str:
+def refused(path: Path, *, kind: Kind = "pairs") -> str:
     with pytest.raises(Refusal) as caught:
-        read(path, pairs=pairs)
+        read(path, kind=kind)
     return str(caught.value)
-
-
-def stored(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_text_comes_back_exactly_from_every_format(tmp_path: Path, suffix: str):
-    train, valid, test = read(stored(tmp_path / f"a.{suffix}", WRITERS[suffix](PAIRS)), pairs=True)
+    train, valid, test = read(stored(tmp_path / f"a.{suffix}", WRITERS[suffix](PAIRS)), kind="pairs")
     assert [(e.prompt[-1]["content"], e.chosen, e.rejected) for e in train] == [
         (row["prompt"], row["chosen"], row["rejected"]) for row in PAIRS
     ]
@@ -105,7 +66,7 @@ def test_text_comes_back_exactly_from_every_format(tmp_path: Path, suffix: str):
 )
 def test_every_shape_of_a_pair_is_the_same_pair(tmp_path: Path, suffix: str, row: dict[str, Any]):
     ((prompt, chosen, rejected, source),) = read(
-        stored(tmp_path / f"a.{suffix}", WRITERS[suffix]([row])), pairs=True
+        stored(tmp_path / f"a.{suffix}", WRITERS[suffix]([row])), kind="pairs"
     ).train
     assert (list(prompt), chosen, rejected) == (TALK, "Stay.", "Go.")
     assert source == ("a.jsonl, line 1" if suffix == "jsonl" else f"a.{suffix}, row 1")
@@ -122,7 +83,7 @@ def test_every_shape_of_a_pair_is_the_same_pair(tmp_path: Path, suffix: str, row
     ],
 )
 def test_every_shape_of_an_answered_prompt_is_the_same_example(tmp_path: Path, row: dict[str, Any]):
-    ((prompt, chosen, rejected, _),) = read(stored(tmp_path / "a.jsonl", as_jsonl([row])), pairs=False).train
+    ((prompt, chosen, rejected, _),) = read(stored(tmp_path / "a.jsonl", as_jsonl([row])), kind="answers").train
     assert (list(prompt), chosen, rejected) == (TALK, "Stay.", None)
 
 
@@ -131,16 +92,16 @@ def test_folder_has_its_splits_in_any_mix_of_formats(tmp_path: Path):
     stored(tmp_path / "valid.CSV", as_csv(PAIRS[:2]))
     stored(tmp_path / "test.json", as_json(PAIRS[2:]))
     stored(tmp_path / "README.md", b"not data")
-    train, valid, test = read(tmp_path, pairs=True)
+    train, valid, test = read(tmp_path, kind="pairs")
     assert fingerprint(train) == fingerprint(valid + test)
     assert valid[1].source == "valid.CSV, line 3"
 
 
 def test_sources_name_the_physical_line(tmp_path: Path):
     text = 'prompt,chosen,rejected\n"a\nb",c,"d\n\n"\nx,y,z\n\n'
-    train = read(stored(tmp_path / "a.csv", text.encode()), pairs=True).train
+    train = read(stored(tmp_path / "a.csv", text.encode()), kind="pairs").train
     assert [e.source for e in train] == ["a.csv, line 2", "a.csv, line 6"]
-    train = read(stored(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + as_jsonl([GOOD, GOOD]) + b"\n"), pairs=True).train
+    train = read(stored(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + as_jsonl([GOOD, GOOD]) + b"\n"), kind="pairs").train
     assert [e.source for e in train] == ["a.jsonl, line 1", "a.jsonl, line 2"]
 
 
@@ -270,14 +231,22 @@ def test_a_file_without_permission_is_refused(tmp_path: Path):
 def test_the_limit_on_csv_fields_is_left_as_it_was(tmp_path: Path):
     before = csv.field_size_limit()
     row = GOOD | {"chosen": "x" * (before + 1)}
-    assert len(read(stored(tmp_path / "a.csv", as_csv([row])), pairs=True).train[0].chosen) == before + 1
+    assert len(read(stored(tmp_path / "a.csv", as_csv([row])), kind="pairs").train[0].chosen or "") == before + 1
     assert csv.field_size_limit() == before
 
 
+DAMAGED: dict[Kind, Rows] = {
+    "pairs": PAIRS[:7],
+    "answers": [{"text": text} for text in TEXTS[:7]],
+    "thumbs": [{"prompt": text, "completion": "c", "label": text == "plain"} for text in TEXTS[:7]],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_a_damaged_file_reads_or_is_refused_and_never_crashes(tmp_path: Path, suffix: str):
+def test_a_damaged_file_reads_or_is_refused_and_never_crashes(tmp_path: Path, suffix: str, kind: Kind):
     dice = random.Random(suffix)
-    whole = WRITERS[suffix](PAIRS[:7])
+    whole = WRITERS[suffix](DAMAGED[kind])
     outcomes = set()
     for _ in range(150):
         data = bytearray(whole)
@@ -287,7 +256,7 @@ def test_a_damaged_file_reads_or_is_refused_and_never_crashes(tmp_path: Path, su
             del data[dice.randrange(len(data)) :]
         path = stored(tmp_path / f"a.{suffix}", bytes(data))
         try:
-            outcomes.add(len(read(path, pairs=True).train) > 0)
+            outcomes.add(len(read(path, kind=kind).train) > 0)
         except Refusal as refusal:
             outcomes.add(str(path) in str(refusal))
     assert outcomes == {True}
@@ -295,6 +264,6 @@ def test_a_damaged_file_reads_or_is_refused_and_never_crashes(tmp_path: Path, su
 
 @pytest.mark.skipif(not HERS.exists(), reason="the paper's pairs are not here")
 def test_the_papers_pairs_read_whole():
-    train = read(HERS, pairs=True).train
+    train = read(HERS, kind="pairs").train
     assert len(train) == 909
     assert train[-1].source == "pairs.jsonl, line 909"

@@ -33,7 +33,10 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> MAKE:
 
 
 def examples_of(rows: list[dict[str, Any]]) -> list[Example]:
-    made = [example(row, f"row {number}", pairs="rejected" in row) for number, row in enumerate(rows, start=1)]
+    made = [
+        example(row, f"row {number}", kind="pairs" if "rejected" in row else "answers")
+        for number, row in enumerate(rows, start=1)
+    ]
     assert all(isinstance(item, Example) for item in made), made
     return [item for item in made if isinstance(item, Example)]
 
@@ -205,6 +208,6 @@ HERS = Path(__file__).parents[2] / "shared/data/empathy-by-design/pairs.jsonl"
 
 @pytest.mark.skipif(not HERS.exists(), reason="the paper's pairs are not here")
 def test_the_papers_pairs_tokenise_whole(tokenizer_of: MAKE):
-    items, cut = tokenise(read(HERS, pairs=True).train, tokenizer_of(tiny.CHATML), None)
+    items, cut = tokenise(read(HERS, kind="pairs").train, tokenizer_of(tiny.CHATML), None)
     assert len(items) == 909
     assert cut == CutCounts()

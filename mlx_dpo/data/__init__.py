@@ -1,1 +1,1 @@
-"""Preference pairs: reading, templates, batches."""
+"""Examples to learn from: reading, templates, batches."""

@@ -1,12 +1,14 @@
-"""One row of preference data, from whatever shape it was written in."""
+"""One row of data, from whatever shape it was written in."""
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mlx_dpo.data.templates import Message
 
-COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "system")
+COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "text", "label", "system")
+_PAIR, _LABELLED = ("chosen", "rejected"), ("completion", "label")
+_BESIDE_TEXT = {"prompt", "chosen", "completion", "messages", "system"}
 _ROLES = ("system", "user", "assistant")
 _RENDERED_ELSEWHERE = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")
 _FORBIDDEN = re.compile("[\x00\ud800-\udfff]")
@@ -14,13 +16,18 @@ _FORBIDDEN = re.compile("[\x00\ud800-\udfff]")
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 Turns = tuple[Message, ...]
+Kind = Literal["pairs", "answers", "thumbs"]
 
 
 class Example(NamedTuple):
-    """A prompt that ends with a user's turn, the preferred answer, the other one, and where they stood."""
+    """A prompt that ends with a user's turn, the preferred answer, the other one, and where they stood.
+
+    Plain text has the prompt () and is `chosen`. An answer with a thumb up has no `rejected`, one with a thumb
+    down no `chosen`.
+    """
 
     prompt: Turns
-    chosen: str
+    chosen: str | None
     rejected: str | None
     source: str
 
@@ -31,21 +38,29 @@ class Repeated(NamedTuple):
     key: str
 
 
-def example(row: object, source: str, *, pairs: bool) -> Example | list[str]:
+def example(row: object, source: str, *, kind: Kind) -> Example | list[str]:
     """The example that a row holds, or every reason why it holds none.
 
-    With `pairs`, chosen and rejected are needed; without, chosen, completion or messages (ending with the
-    answer), and `rejected` is not looked at. Text is taken as it is: nothing is stripped or normalised.
+    pairs: chosen and rejected are needed. answers: chosen, completion or messages (ending with the answer), and
+    `rejected` is not looked at; or text alone. thumbs: completion with label (TRL's unpaired preferences), or
+    chosen and rejected, which stay together here (`thumbs` parts them). Text is taken as it is: nothing is
+    stripped or normalised.
     """
     if isinstance(row, Repeated):
         return [f"the key {row.key!r} appears twice"]
     if not isinstance(row, Mapping):
         return [f"is {_kind(row)}, not an object with named fields"]
     fields = {name: row[name] for name in COLUMNS if row.get(name) is not None}
-    names = ("chosen", "rejected") if pairs else _answer_columns(fields)
-    if missing := _missing(fields, names):
+    given = {name for name, value in fields.items() if not _blank(value)}
+    if unclear := _unclear(given, kind):
+        return [unclear]
+    if kind == "answers" and "text" in fields and not given & _BESIDE_TEXT:
+        return _plain_text(fields["text"], source)
+    names = _answer_columns(fields, given, kind)
+    if missing := _missing(fields, names, kind):
         return missing
     reasons: list[str] = []
+    liked = _liked(fields, reasons) if kind == "thumbs" and names == ("completion",) else True
     answers = [_turns(name, fields[name], "assistant", reasons) for name in names]
     explicit = "prompt" in fields and names != ("messages",)
     prompt = _turns("prompt", fields["prompt"], "user", reasons) if explicit else _shared_beginning(answers)
@@ -54,30 +69,84 @@ def example(row: object, source: str, *, pairs: bool) -> Example | list[str]:
     whole = _with_system(fields.get("system"), prompt, reasons)
     _check_prompt(whole, reasons)
     texts = [_answer(name, turns, (prompt, whole), reasons) for name, turns in zip(names, answers, strict=True)]
-    if pairs and not reasons and texts[0] == texts[1]:
+    if len(texts) == 2 and not reasons and texts[0] == texts[1]:
         reasons.append("chosen and rejected are the same text")
-    return reasons or Example(whole, texts[0], texts[1] if pairs else None, source)
+    chosen, rejected = texts if len(texts) == 2 else (texts[0], None) if liked else (None, texts[0])
+    return reasons or Example(whole, chosen, rejected, source)
 
 
-def missing_columns(columns: Iterable[str], *, pairs: bool) -> str | None:
+def thumbs(item: Example) -> list[Example]:
+    """An example for each of its answers: the chosen one, then the rejected one."""
+    parted = [item._replace(rejected=None), item._replace(chosen=None)]
+    return [part for part in parted if (part.chosen, part.rejected) != (None, None)]
+
+
+def missing_columns(columns: Iterable[str], *, kind: Kind) -> str | None:
     """What a table's header lacks for any row to be an example, in words; None where it lacks nothing."""
     names = set(columns)
-    if pairs and not names >= {"chosen", "rejected"}:
-        return "needs the columns prompt, chosen and rejected"
-    if not pairs and not names & {"chosen", "completion", "messages"}:
-        return "needs the columns prompt and chosen, prompt and completion, or messages"
+    pair, labelled = names >= set(_PAIR), names >= set(_LABELLED)
+    if kind == "answers":
+        enough = names & {"chosen", "completion", "messages", "text"}
+        return None if enough else "needs the columns prompt and chosen, prompt and completion, messages, or text"
+    if pair or (kind == "thumbs" and labelled):
+        return None
+    if kind == "thumbs":
+        return "needs the columns prompt, completion and label, or prompt, chosen and rejected"
+    hint = " (--loss kto learns from completion and label)" if labelled else ""
+    return f"needs the columns prompt, chosen and rejected{hint}"
+
+
+def _blank(value: object) -> bool:
+    """Whether this is how a table says that a row has nothing in a column: an empty cell, or NaN."""
+    return value == "" or (isinstance(value, float) and value != value)
+
+
+def _unclear(given: set[str], kind: Kind) -> str | None:
+    """Why it cannot be told which kind of row this is, or that it is another kind than was asked for."""
+    pair, labelled, beside = (_listed(given, names) for names in (_PAIR, _LABELLED, _BESIDE_TEXT))
+    if kind == "answers" and "text" in given and beside:
+        return f"has text beside {beside}: give either plain text alone, or a prompt with an answer"
+    if kind == "thumbs" and pair and labelled:
+        return f"has {labelled} beside {pair}: give either chosen and rejected, or one completion with its label"
+    if kind == "pairs" and not pair and given >= set(_LABELLED):
+        return "has completion and label, but neither chosen nor rejected: use --loss kto for such rows"
     return None
 
 
-def _answer_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
+def _listed(given: set[str], names: Iterable[str]) -> str:
+    *first, last = [name for name in COLUMNS if name in given and name in names] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _plain_text(value: object, source: str) -> Example | list[str]:
+    reasons: list[str] = []
+    _check_text("text", value, reasons)
+    return reasons or Example((), str(value), None, source)
+
+
+def _liked(fields: Mapping[str, object], reasons: list[str]) -> bool:
+    value = fields.get("label")
+    if value is None or value == "":
+        reasons.append("label is missing")
+    elif not isinstance(value, (int, float)) or value not in (0, 1):
+        reasons.append(f"label is {_shortened(value)}, not true or false (or 1 or 0)")
+    return value == 1
+
+
+def _answer_columns(fields: Mapping[str, object], given: set[str], kind: Kind) -> tuple[str, ...]:
+    if kind == "pairs" or (kind == "thumbs" and given & set(_PAIR)):
+        return _PAIR
+    if kind == "thumbs":
+        return ("completion",) if given & set(_LABELLED) else ()
     wanted = ("chosen", "completion", "messages") if "prompt" in fields else ("messages", "chosen", "completion")
     return tuple(name for name in wanted if name in fields)[:1]
 
 
-def _missing(fields: Mapping[str, object], names: tuple[str, ...]) -> list[str]:
+def _missing(fields: Mapping[str, object], names: tuple[str, ...], kind: Kind) -> list[str]:
     absent = [name for name in names if name not in fields]
     if not names:
-        absent = ["an answer (chosen, completion or messages)"]
+        labelled = "completion with label, or chosen and rejected"
+        absent = [f"an answer ({labelled if kind == 'thumbs' else 'chosen, completion, messages or text'})"]
     if absent:
         return [f"{name} is missing" for name in absent]
     if names == ("messages",):
@@ -136,7 +205,8 @@ def _check_text(name: str, value: object, reasons: list[str]) -> None:
         what = "a NUL character" if found.group() == "\x00" else f"half a surrogate pair (U+{ord(found.group()):04X})"
         reasons.append(f"{name} has {what} at character {found.start() + 1}")
     elif _MESSAGES_AS_TEXT.match(value):
-        reasons.append(f"{name} is a list of messages written as text: give it as a list (JSON Lines or Parquet)")
+        it = "messages" if name == "text" else "it"
+        reasons.append(f"{name} is a list of messages written as text: give {it} as a list (JSON Lines or Parquet)")
 
 
 def _shared_beginning(answers: list[Turns]) -> Turns:

@@ -16,12 +16,12 @@ def read_questions(path: Path) -> list[Turns]:
     """
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise Refusal(f"{path} is no .jsonl or .json file: give questions as rows with a prompt.")
-    found, problems = rows(path, pairs=False)
+    found, problems = rows(path, kind="answers")
     questions: list[Turns] = []
     for source, row in found:
         # A question is an example whose answer is not asked for: the same rules hold for its prompt.
         asked = {name: row.get(name) for name in ("prompt", "system")} if isinstance(row, Mapping) else row
-        made = example(asked | {"completion": "x"} if isinstance(asked, dict) else row, source, pairs=False)
+        made = example(asked | {"completion": "x"} if isinstance(asked, dict) else row, source, kind="answers")
         if isinstance(made, list):
             problems += [Problem(source, reason) for reason in made]
         else:

@@ -1,4 +1,4 @@
-"""Preference data from a file or a folder, whole and checked, before any model is loaded."""
+"""Examples from a file or a folder, whole and checked, before any model is loaded."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dpo.data.examples import Example, example
+from mlx_dpo.data.examples import Example, Kind, example, thumbs
 from mlx_dpo.data.problems import Problem, refusal
 from mlx_dpo.data.rows import SUFFIXES, rows
 from mlx_dpo.refusal import Refusal
@@ -24,16 +24,17 @@ class Splits(NamedTuple):
     test: list[Example]
 
 
-def read(path: Path, *, pairs: bool) -> Splits:
+def read(path: Path, *, kind: Kind) -> Splits:
     """Read a .jsonl, .json, .csv or .parquet file as train, or a folder of train.*, valid.* and test.* files.
 
-    Raises Refusal with every bad row of every file in one go, by file, line (or row) and reason.
+    A pair that is read for thumbs gives two examples, its chosen answer directly before its rejected one. Raises
+    Refusal with every bad row of every file in one go, by file, line (or row) and reason.
     """
     files = _files(path)
     made: dict[str, list[Example]] = {"train": [], "valid": [], "test": []}
     problems: list[Problem] = []
     for split, file in files.items():
-        made[split], wrong = _examples(file, pairs)
+        made[split], wrong = _examples(file, kind)
         problems += wrong
     if problems:
         raise refusal(problems, path)
@@ -43,14 +44,15 @@ def read(path: Path, *, pairs: bool) -> Splits:
 def split_off(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Hold out about `fraction` of the examples as (train, valid), a prompt's examples all on one side.
 
-    Which prompts go depends on the seed and the prompts alone; each side keeps the order of the rows.
-    Where all rows share one prompt, valid is empty. Raises Refusal unless 0 <= fraction < 1.
+    Which prompts go depends on the seed and the prompts alone; each side keeps the order of the rows. Plain text,
+    which has no prompt, is taken for its own. Where all rows share one prompt, valid is empty. Raises Refusal
+    unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
         raise Refusal(f"The share to hold out is {fraction}: it must be at least 0 and less than 1.")
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(examples):
-        groups[_canonical(item.prompt)].append(index)
+        groups[_grouped_by(item)].append(index)
     if fraction == 0 or len(groups) < 2:
         return list(examples), []
     wanted = min(max(1, round(fraction * len(examples))), len(examples) - 1)
@@ -73,20 +75,24 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _lot(item: Example, seed: int) -> str:
-    return hashlib.sha256(f"{seed}\n{_canonical(item.prompt)}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed}\n{_grouped_by(item)}".encode()).hexdigest()
+
+
+def _grouped_by(item: Example) -> str:
+    return _canonical(item.prompt or item.chosen)
 
 
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _examples(file: Path, pairs: bool) -> tuple[list[Example], list[Problem]]:
-    found, problems = rows(file, pairs=pairs)
-    good = []
+def _examples(file: Path, kind: Kind) -> tuple[list[Example], list[Problem]]:
+    found, problems = rows(file, kind=kind)
+    good: list[Example] = []
     for where, value in found:
-        made = example(value, where, pairs=pairs)
+        made = example(value, where, kind=kind)
         if isinstance(made, Example):
-            good.append(made)
+            good += thumbs(made) if kind == "thumbs" else [made]
         else:
             problems.append(Problem(where, "; ".join(made)))
     return good, sorted(problems, key=_place)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dpo.data.examples import COLUMNS, Repeated, missing_columns
+from mlx_dpo.data.examples import COLUMNS, Kind, Repeated, missing_columns
 from mlx_dpo.data.problems import Problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -18,6 +18,8 @@ _OTHER_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+# A CSV file has no other way than text to write a label.
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 class Row(NamedTuple):
@@ -30,7 +32,7 @@ class Row(NamedTuple):
 Found = tuple[list[Row], list[Problem]]
 
 
-def rows(path: Path, *, pairs: bool) -> Found:
+def rows(path: Path, *, kind: Kind) -> Found:
     """Every row of a file and everything that keeps one from being read; nothing in a file makes it raise."""
     if path.suffix.lower() not in SUFFIXES:
         return [], [Problem(path.name, f"is none of {', '.join(SUFFIXES)}")]
@@ -42,7 +44,7 @@ def rows(path: Path, *, pairs: bool) -> Found:
         return [], [Problem(path.name, f"cannot be read ({error.strerror})")]
     if not data.removeprefix(codecs.BOM_UTF8).strip():
         return [], [Problem(path.name, "the file is empty")]
-    found, problems = _READERS[path.suffix.lower()](data, path.name, pairs)
+    found, problems = _READERS[path.suffix.lower()](data, path.name, kind)
     if not found and not problems:
         problems = [Problem(path.name, "the file holds no rows")]
     return found, problems
@@ -65,7 +67,7 @@ def _text_lines(data: bytes, name: str) -> tuple[list[str | None], list[Problem]
     return lines, problems
 
 
-def _json_lines(data: bytes, name: str, pairs: bool) -> Found:
+def _json_lines(data: bytes, name: str, kind: Kind) -> Found:
     lines, problems = _text_lines(data, name)
     while lines and lines[-1] is not None and not lines[-1].strip():
         lines.pop()
@@ -87,7 +89,7 @@ def _json_lines(data: bytes, name: str, pairs: bool) -> Found:
     return found, problems
 
 
-def _json_list(data: bytes, name: str, pairs: bool) -> Found:
+def _json_list(data: bytes, name: str, kind: Kind) -> Found:
     lines, problems = _text_lines(data, name)
     if problems:
         return [], problems
@@ -124,14 +126,14 @@ def _object(items: list[tuple[str, object]]) -> dict[str, object] | Repeated:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _csv_table(data: bytes, name: str, pairs: bool) -> Found:
+def _csv_table(data: bytes, name: str, kind: Kind) -> Found:
     lines, problems = _text_lines(data, name)
     if problems:
         return [], problems
     text = "\n".join(line or "" for line in lines)
     before = csv.field_size_limit(len(text) + 1)  # a field cannot be longer than its file
     try:
-        return _csv_rows(_records(text), name, pairs)
+        return _csv_rows(_records(text), name, kind)
     finally:
         csv.field_size_limit(before)
 
@@ -150,11 +152,11 @@ def _records(text: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
             return
 
 
-def _csv_rows(records: Iterator[tuple[int, list[str] | csv.Error]], name: str, pairs: bool) -> Found:
+def _csv_rows(records: Iterator[tuple[int, list[str] | csv.Error]], name: str, kind: Kind) -> Found:
     start, header = next(records)
     if isinstance(header, csv.Error):
         return [], [Problem(f"{name}, line {start}", f"the header cannot be read ({header})")]
-    if fault := _header_fault(header, pairs):
+    if fault := _header_fault(header, kind):
         return [], [Problem(f"{name}, line {start}", fault)]
     found, problems, blank = [], [], []
     for start, record in records:
@@ -169,13 +171,15 @@ def _csv_rows(records: Iterator[tuple[int, list[str] | csv.Error]], name: str, p
         elif len(record) != len(header):
             problems.append(Problem(where, f"has {len(record)} fields, the header has {len(header)}"))
         else:
-            found.append(Row(where, dict(zip(header, map(_cell, record), strict=True))))
+            found.append(Row(where, {column: _cell(column, text) for column, text in zip(header, record, strict=True)}))
     return found, problems
 
 
-def _cell(text: str) -> str | float:
+def _cell(column: str, text: str) -> str | float:
     # The only two spellings in which tables write their missing numbers as text.
-    return float("nan") if text in ("nan", "NaN") else text
+    if text in ("nan", "NaN"):
+        return float("nan")
+    return _LABELS.get(text.lower(), text) if column == "label" else text
 
 
 def _csv_reason(error: csv.Error) -> str:
@@ -184,23 +188,23 @@ def _csv_reason(error: csv.Error) -> str:
     return f"the record is broken CSV ({error})"
 
 
-def _header_fault(columns: list[str], pairs: bool) -> str | None:
+def _header_fault(columns: list[str], kind: Kind) -> str | None:
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
         return f"the header has the column {twice[0]!r} more than once"
-    lack = missing_columns(columns, pairs=pairs)
+    lack = missing_columns(columns, kind=kind)
     shown = ", ".join(map(repr, columns[:8])) + (", …" if len(columns) > 8 else "")
     return f"the header has {shown or 'nothing'}, and {lack}" if lack else None
 
 
-def _parquet(data: bytes, name: str, pairs: bool) -> Found:
+def _parquet(data: bytes, name: str, kind: Kind) -> Found:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         columns = [str(column) for column in file.schema_arrow.names]
-        if fault := _header_fault(columns, pairs):
+        if fault := _header_fault(columns, kind):
             return [], [Problem(name, fault)]
         table = file.read(columns=[column for column in COLUMNS if column in columns])
         table.validate(full=True)
@@ -211,7 +215,7 @@ def _parquet(data: bytes, name: str, pairs: bool) -> Found:
     return [Row(f"{name}, row {number}", value) for number, value in enumerate(values, start=1)], []
 
 
-_READERS: dict[str, Callable[[bytes, str, bool], Found]] = {
+_READERS: dict[str, Callable[[bytes, str, Kind], Found]] = {
     ".jsonl": _json_lines,
     ".json": _json_list,
     ".csv": _csv_table,

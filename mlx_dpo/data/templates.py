@@ -1,4 +1,4 @@
-"""From messages to token ids, by the model's own chat template."""
+"""From messages to token ids, by the model's own chat template; and from plain text, without it."""
 
 from collections.abc import Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -21,8 +21,8 @@ class Message(TypedDict):
     name: NotRequired[str]
 
 
-class UnusableTemplate(Refusal):
-    """The chat template itself is at fault, whatever the conversation."""
+class UnusableTokenizer(Refusal):
+    """The tokenizer or its chat template is itself at fault, whatever the row."""
 
 
 class Tokenizer(Protocol):
@@ -41,9 +41,24 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
     return _render(tokenizer, messages, add_generation_prompt=False)
 
 
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of plain text with the tokenizer's own special tokens, and its EOS where none stands there already.
+
+    Raises Refusal where the tokenizer names no EOS, or makes nothing of the text. The same as mlx-lm's TextDataset.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UnusableTokenizer("The model's tokenizer names no eos_token, so no text would end: name it in its files.")
+    # Not verbose: a text longer than the model's longest input is parted afterwards, and no cause for a warning.
+    nothing, ids = tokenizer.encode(""), tokenizer.encode(text, verbose=False)
+    if ids in (nothing, [*nothing, end]):
+        raise Refusal("text has no token of its own")
+    return ids if ids[-1] == end else [*ids, end]
+
+
 def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
     if not getattr(tokenizer, "has_chat_template", True):
-        raise UnusableTemplate("The model's tokenizer has no chat template: use an instruction-tuned model.")
+        raise UnusableTokenizer("The model's tokenizer has no chat template: use an instruction-tuned model.")
     try:
         with allowance():
             # Thinking stays off, in training as in chat: the same prompt for both.
@@ -51,19 +66,19 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
                 list(messages), add_generation_prompt=add_generation_prompt, enable_thinking=False, tokenize=False
             )
     except (ExceededError, MemoryError):
-        raise UnusableTemplate(
+        raise UnusableTokenizer(
             "The model's chat template takes more time or memory than any honest one: do not use this model."
         ) from None
     except (TemplateSyntaxError, SecurityError) as error:
-        raise UnusableTemplate(
+        raise UnusableTokenizer(
             f"The model's chat template is broken or hostile ({one_line(error)}): do not use this model."
         ) from None
     except Exception as error:  # whatever a program from elsewhere runs into
         raise Refusal(f"The model's chat template failed on this conversation: {one_line(error)}.") from None
     if len(text) > _LARGEST_FRAME + _LARGEST_GROWTH * sum(len(str(message)) for message in messages):
-        raise UnusableTemplate(
+        raise UnusableTokenizer(
             f"The model's chat template makes {len(text)} characters of a conversation: do not use this model."
         )
     if not text:
-        raise UnusableTemplate("The model's chat template makes nothing of a conversation: use another model.")
+        raise UnusableTokenizer("The model's chat template makes nothing of a conversation: use another model.")
     return tokenizer.encode(text, add_special_tokens=False)

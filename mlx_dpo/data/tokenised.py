@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mlx_dpo.data.examples import Example
 from mlx_dpo.data.problems import Problem, refusal
-from mlx_dpo.data.templates import Message, Tokenizer, UnusableTemplate, conversation_ids, prompt_ids
+from mlx_dpo.data.templates import Message, Tokenizer, UnusableTokenizer, conversation_ids, prompt_ids, text_ids
 from mlx_dpo.refusal import Refusal
 
 # Two texts that share no beginning and no end: what stays the same around both is the template's.
@@ -13,7 +13,10 @@ _PROBES = ("0", "x")
 
 
 class TokenisedPair(NamedTuple):
-    """The tokens of a prompt and of its answers, end of turn included; a missing second answer is []."""
+    """The tokens of a prompt and of its answers, end of turn included; a missing answer is [].
+
+    Of plain text, `prompt` is the first token of a piece and `chosen` all others.
+    """
 
     prompt: list[int]
     chosen: list[int]
@@ -22,7 +25,7 @@ class TokenisedPair(NamedTuple):
 
 
 class CutCounts(NamedTuple):
-    """Pairs that were cut, prompts and answers shortened in them, and tokens lost (a prompt's once)."""
+    """Examples that were cut, prompts and answers shortened in them, and tokens lost (a prompt's once)."""
 
     pairs: int = 0
     prompts: int = 0
@@ -31,7 +34,7 @@ class CutCounts(NamedTuple):
 
 
 class Tokenised(NamedTuple):
-    """All examples in their order, and what cutting them to length took away."""
+    """All examples in their order, long texts in several pieces, and what cutting to length took away."""
 
     items: list[TokenisedPair]
     cut: CutCounts
@@ -41,19 +44,25 @@ def tokenise(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int 
     """Tokenise by the model's chat template; a prompt and its longer answer take at most `max_length` tokens.
 
     A prompt gives way first: tokens go from its left, but after BOS, system turn and the opening of its first
-    turn, and none of the template's closing. The end of an answer goes only where that is not enough. Raises
-    Refusal with every row that cannot be learnt: where the finished conversation does not continue the prompt
-    token for token, where an answer holds no token, where both come out the same, where nothing fits.
+    turn, and none of the template's closing. The end of an answer goes only where that is not enough. Plain text
+    needs no template and loses nothing: it is parted, and each piece but the first opens with the last token of
+    the one before, so that every token but a text's first is predicted exactly once.
+
+    Raises Refusal with every row that cannot be learnt: where the finished conversation does not continue the
+    prompt token for token, where an answer holds no token, where both come out the same, where nothing fits.
     """
-    closing = _closing(tokenizer)
+    closing = _closing(tokenizer) if any(example.prompt for example in examples) else []
     items: list[TokenisedPair] = []
     problems: list[Problem] = []
     cuts: list[CutCounts] = []
     for example in examples:
         try:
+            if not example.prompt:
+                items += _pieces(example, tokenizer, max_length)
+                continue
             whole = _pair(example, tokenizer, closing)
             fitting = _fitting(whole, example, tokenizer, max_length)
-        except UnusableTemplate:
+        except UnusableTokenizer:
             raise
         except Refusal as fault:
             problems.append(Problem(example.source, str(fault).rstrip(".")))
@@ -74,10 +83,20 @@ def _pair(example: Example, tokenizer: Tokenizer, closing: list[int]) -> Tokenis
             answers[name] = _response(name, text, example.prompt, prompt, tokenizer)
             if answers[name] in ([], closing):
                 raise Refusal(f"{name} has no token of its own")
-    chosen, rejected = answers["chosen"], answers.get("rejected", [])
+    chosen, rejected = answers.get("chosen", []), answers.get("rejected", [])
     if chosen == rejected:
         raise Refusal("chosen and rejected are the same tokens")
     return TokenisedPair(prompt, chosen, rejected, example.source)
+
+
+def _pieces(example: Example, tokenizer: Tokenizer, max_length: int | None) -> list[TokenisedPair]:
+    ids = text_ids(tokenizer, example.chosen or "")
+    if max_length is not None and max_length < 2:
+        raise Refusal(f"--max-length {max_length} leaves no room for a token and the next, so raise it")
+    # A piece repeats one token of the piece before, so it adds one less than it holds.
+    new = (max_length or len(ids)) - 1
+    starts = range(0, len(ids) - 1, new)
+    return [TokenisedPair([ids[i]], ids[i + 1 : i + 1 + new], [], example.source) for i in starts]
 
 
 def _response(name: str, text: str, messages: Sequence[Message], prompt: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -98,7 +117,7 @@ def _closing(tokenizer: Tokenizer) -> list[int]:
     try:
         prompt = prompt_ids(tokenizer, [question])
         return conversation_ids(tokenizer, [question, Message(role="assistant", content="")])[len(prompt) :]
-    except UnusableTemplate:
+    except UnusableTokenizer:
         raise
     except Refusal:
         return []

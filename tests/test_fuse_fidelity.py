@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import runs
 from test_fuse_merge import adapter, fused
+from test_models_adapters import KINDS, moved
 
 from mlx_dpo import fuse
 from mlx_dpo.convert import merge
 from mlx_dpo.convert.conversion import convert
 from mlx_dpo.convert.fidelity import Held, Yardstick, slope
 from mlx_dpo.data.tokenised import TokenisedPair
+from mlx_dpo.models import adapters
 from mlx_dpo.models.adapters import switched_off
-from mlx_dpo.models.load import Loaded
+from mlx_dpo.models.load import Loaded, load
 
 Folder = Callable[[str], Path]
 
@@ -38,9 +40,12 @@ def margin(model: Any, pair: Held) -> float:
     return runs.naive_log_p(model, pair.prompt, pair.chosen) - runs.naive_log_p(model, pair.prompt, pair.rejected)
 
 
-@pytest.fixture
-def adapted(tiny_folder: Folder) -> Loaded:
-    return runs.adapted(tiny_folder("llama-untied"), seed=2)
+@pytest.fixture(params=KINDS)
+def adapted(request: pytest.FixtureRequest, tiny_folder: Folder) -> Loaded:
+    loaded = load(tiny_folder("llama-untied"))
+    shape = adapters.AdapterShape(4, 2.0, 0.0, adapters.chosen_keys(loaded.model, ()), 2, request.param)
+    adapters.attach(loaded.model, shape, seed=7)
+    return moved(loaded, 2)
 
 
 def test_layers_merged_exactly_lose_nothing(adapted: Loaded):

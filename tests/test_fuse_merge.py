@@ -14,8 +14,11 @@ import pytest
 import runs
 import tiny
 from commands import state
+from test_models_adapters import KINDS
+from test_models_lora import around
 
 from mlx_dpo import fuse
+from mlx_dpo.convert import merge
 from mlx_dpo.convert.conversion import convert
 from mlx_dpo.convert.fuse_options import FuseOptions
 from mlx_dpo.models import adapters
@@ -27,15 +30,18 @@ TOKENS = mx.array([[1, 17, 30, 8, 9, 12, 40, 2, 99, 100]])
 
 
 def adapter(model: Path, folder: Path, size: float = 0.05, dropout: float = 0.0, **parts: Any) -> Path:
-    """An adapter of rank 4 on all linear modules of `model`, whose B is of this size."""
+    """An adapter of rank 4 on all linear modules of `model`, whose B, and share of change in m, is of this size."""
     loaded = load(model)
     keys = adapters.chosen_keys(loaded.model, parts.get("targets", ()))
-    shape = adapters.AdapterShape(4, 2.0, dropout, keys, parts.get("layers", len(blocks(loaded.model))))
+    layers, kind = parts.get("layers", len(blocks(loaded.model))), parts.get("kind", "lora")
+    shape = adapters.AdapterShape(4, 2.0, dropout, keys, layers, kind)
     runs.attach(loaded, shape, seed=5)
     weights = {
         name: value * (size / 0.05) if name.endswith("lora_b") else value
         for name, value in adapters.adapter_weights(loaded.model).items()
     }
+    for number, name in enumerate(sorted(name for name in weights if name.endswith(".m"))):
+        weights[name] *= 1 + size * mx.random.normal(weights[name].shape, key=mx.random.key(number))
     folder.mkdir()
     adapters.save_adapter(folder, weights, shape, str(model))
     return folder
@@ -65,9 +71,13 @@ def packed(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def test_a_float_base_says_what_it_said_with_the_adapter(tiny_folder: Folder, tmp_path: Path):
-    base = tiny_folder("llama")
-    given = adapter(base, tmp_path / "adapter", dropout=0.5)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [(), ("lm_head", "model.layers.0.mlp.*")])
+def test_a_float_base_says_what_it_said_with_the_adapter(
+    tiny_folder: Folder, tmp_path: Path, kind: adapters.Kind, targets: tuple[str, ...]
+):
+    base = tiny_folder("llama-untied")
+    given = adapter(base, tmp_path / "adapter", dropout=0.5, kind=kind, targets=targets)
     *_, end = fused(base, given, tmp_path / "out")
     assert isinstance(end, fuse.Fused)
     assert logits(tmp_path / "out") == pytest.approx(logits(base, given), abs=1e-4)
@@ -77,14 +87,31 @@ def test_a_float_base_says_what_it_said_with_the_adapter(tiny_folder: Folder, tm
     assert end.format == "floating point"
 
 
-def test_biases_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])
+def test_a_merged_weight_computes_what_the_layer_computes(bits: int | None, kind: adapters.Kind):
+    linear = nn.Linear(64, 32)
+    linear.bias = mx.random.normal((32,), key=mx.random.key(0))
+    layer = around(linear if bits is None else linear.to_quantized(32, bits), kind, rank=4, scale=2.0)
+    layer.lora_b = mx.random.normal((4, 32), key=mx.random.key(1)) * 0.3
+    if kind == "dora":
+        layer.m *= mx.random.uniform(0.5, 2.0, (32,), key=mx.random.key(2))
+    x = mx.random.normal((5, 64), key=mx.random.key(3))
+    merged = merge.merged_weight(layer)
+    assert np.array(x @ merged.T + linear.bias) == pytest.approx(np.array(layer(x)), rel=1e-5, abs=1e-5)
+    if kind == "dora":
+        assert np.linalg.norm(np.array(merged), axis=1) == pytest.approx(np.array(layer.m), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: adapters.Kind):
     monkeypatch.setitem(tiny.FAMILIES, "biased", tiny.FAMILIES["llama"] | {"attention_bias": True, "mlp_bias": True})
     base = tiny.write_model(tmp_path / "model", "biased")
-    given = adapter(base, tmp_path / "adapter")
+    given = adapter(base, tmp_path / "adapter", kind=kind)
     fused(base, given, tmp_path / "out")
     assert logits(tmp_path / "out") == pytest.approx(logits(base, given), abs=1e-4)
     fused(base, given, tmp_path / "packed", quantize="8")
-    assert np.abs(logits(tmp_path / "packed") - logits(base, given)).max() < 0.1
+    assert np.abs(logits(tmp_path / "packed") - logits(base, given)).max() < 0.2
 
 
 def test_layers_that_were_not_adapted_stay_to_the_bit(packed: Path, tmp_path: Path):
@@ -95,8 +122,9 @@ def test_layers_that_were_not_adapted_stay_to_the_bit(packed: Path, tmp_path: Pa
     assert {name.rsplit(".", 1)[0] for name in changed} == {"model.layers.1.self_attn.q_proj"}
 
 
-def test_a_large_adapter_survives_in_the_base_s_own_4_bit(packed: Path, tmp_path: Path):
-    given = adapter(packed, tmp_path / "adapter", size=0.5, targets=("v_proj",), layers=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_adapter_survives_in_the_base_s_own_4_bit(packed: Path, tmp_path: Path, kind: adapters.Kind):
+    given = adapter(packed, tmp_path / "adapter", size=0.5, targets=("v_proj",), layers=1, kind=kind)
     events = fused(packed, given, tmp_path / "out", pairs=8)
     assert [found.format for found in measured(events)] == ["4 bit"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -124,13 +152,35 @@ def test_layers_are_raised_until_a_small_adapter_survives(packed: Path, tmp_path
         assert (stated["bits"], stated["group_size"]) == (module.bits, module.group_size), name
 
 
-def test_a_packed_base_becomes_floating_on_request(packed: Path, tmp_path: Path):
-    given = adapter(packed, tmp_path / "adapter")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_base_becomes_floating_on_request(packed: Path, tmp_path: Path, kind: adapters.Kind):
+    given = adapter(packed, tmp_path / "adapter", kind=kind)
     *_, end = fused(packed, given, tmp_path / "out", quantize="none")
     assert isinstance(end, fuse.Fused)
     assert end.fidelity.survived == pytest.approx(1, abs=1e-3)
     assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert logits(tmp_path / "out") == pytest.approx(logits(packed, given), abs=1e-3)
+
+
+def test_dora_on_6_bit_is_merged_though_plain_mlx_lm_cannot_open_it(tiny_folder: Folder, tmp_path: Path):
+    base = tmp_path / "model"
+    list(convert(str(tiny_folder("llama")), base, quantize="6", dtype="keep"))
+    given = adapter(base, tmp_path / "adapter", kind="dora")
+    with pytest.raises(ValueError, match="does not match"):
+        logits(base, given)
+    fused(base, given, tmp_path / "out", quantize="none")
+    own = load(base)
+    adapters.load_adapter(own.model, given)
+    assert logits(tmp_path / "out") == pytest.approx(np.array(own.model(TOKENS)), abs=1e-3)
+
+
+def test_an_adapter_of_an_embedding_is_refused(tiny_folder: Folder, tmp_path: Path):
+    loaded = load(tiny_folder("llama"))
+    shape = adapters.AdapterShape(4, 2.0, 0.0, ("model.embed_tokens",), 2)
+    runs.attach(loaded, shape, seed=5)
+    adapters.save_adapter(tmp_path, adapters.adapter_weights(loaded.model), shape, "somewhere")
+    with pytest.raises(Refusal, match="changes model.embed_tokens by a LoRAEmbedding, which cannot be merged here"):
+        fused(tiny_folder("llama"), tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

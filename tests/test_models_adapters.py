@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 import runs
+from mlx.utils import tree_unflatten
 
 from mlx_dpo.align.adapting import attached, with_adapter_shape
 from mlx_dpo.models import adapters
@@ -18,16 +20,38 @@ from mlx_dpo.refusal import Refusal
 
 Folder = Callable[[str], Path]
 TOKENS = mx.array([[5, 6, 7, 8, 9]])
+TARGETS = ("q_proj", "mlp.up_proj")
+KINDS: tuple[adapters.Kind, ...] = ("lora", "dora")
+
+
+def moved(loaded: Loaded, seed: int) -> Loaded:
+    """The model with B and, for DoRA, magnitudes as training might leave them."""
+    keys = iter(mx.random.split(mx.random.key(seed), 100))
+    changed = []
+    for name, value in sorted(adapters.adapter_weights(loaded.model).items()):
+        noise = mx.random.normal(value.shape, key=next(keys))
+        if name.endswith("lora_b"):
+            changed.append((name, noise * 0.05))
+        elif name.endswith(".m"):
+            changed.append((name, value * (1 + 0.2 * noise)))
+    loaded.model.update(tree_unflatten(changed))
+    return loaded
+
+
+def written(model: Path, folder: Path, kind: adapters.Kind = "lora", targets: tuple[str, ...] = TARGETS) -> Path:
+    """An adapter folder with a random adapter of the top block, and dropout."""
+    loaded = load(model)
+    shape = adapters.AdapterShape(4, 1.5, 0.5, adapters.chosen_keys(loaded.model, targets), 1, kind)
+    adapters.attach(loaded.model, shape, seed=7)
+    folder.mkdir(exist_ok=True)
+    adapters.save_adapter(folder, adapters.adapter_weights(moved(loaded, 3).model), shape, "somewhere")
+    return folder
 
 
 @pytest.fixture
 def saved(tiny_folder: Folder, tmp_path: Path) -> Path:
-    """An adapter folder with a random adapter of the tiny Llama, and dropout."""
-    loaded = load(tiny_folder("llama"))
-    shape = adapters.AdapterShape(4, 1.5, 0.5, adapters.chosen_keys(loaded.model, ("q_proj", "mlp.up_proj")), 1)
-    runs.attach(loaded, shape, seed=3)
-    adapters.save_adapter(tmp_path, adapters.adapter_weights(loaded.model), shape, "somewhere")
-    return tmp_path
+    """An adapter folder with a random LoRA adapter of the tiny Llama, and dropout."""
+    return written(tiny_folder("llama"), tmp_path)
 
 
 def logits(loaded: Loaded) -> np.ndarray:
@@ -59,46 +83,74 @@ def test_a_fresh_adapter_comes_from_its_seed_alone(tiny_folder: Folder):
             assert 0.8 < np.abs(value).max() * value.shape[0] ** 0.5 <= 1, name
 
 
-def test_only_the_adapter_learns_and_only_where_it_was_asked_for(tiny_folder: Folder):
-    loaded = runs.adapted(tiny_folder("llama"), targets=("q_proj", "mlp.down_proj"), layers=1)
-    learning = {name for name, _ in runs.named(loaded.model.trainable_parameters())}
+@pytest.mark.parametrize(("kind", "leaves"), [("lora", ("lora_a", "lora_b")), ("dora", ("lora_a", "lora_b", "m"))])
+def test_only_the_adapter_learns_and_only_where_it_was_asked_for(
+    tiny_folder: Folder, kind: adapters.Kind, leaves: tuple[str, ...]
+):
+    model = load(tiny_folder("llama")).model
+    keys = adapters.chosen_keys(model, ("q_proj", "mlp.down_proj"))
+    adapters.attach(model, adapters.AdapterShape(4, 2.0, 0.0, keys, 1, kind), seed=0)
+    learning = {name for name, _ in runs.named(model.trainable_parameters())}
     assert learning == {
-        f"model.layers.1.{module}.lora_{side}" for module in ("self_attn.q_proj", "mlp.down_proj") for side in "ab"
+        f"model.layers.1.{module}.{leaf}" for module in ("self_attn.q_proj", "mlp.down_proj") for leaf in leaves
     }
 
 
-def test_targets_are_names_or_paths_and_all_by_default(tiny_folder: Folder):
-    model = load(tiny_folder("llama")).model
-    assert set(adapters.chosen_keys(model, ("up_proj", "self_attn.k_proj"))) == {"self_attn.k_proj", "mlp.up_proj"}
-    assert len(adapters.chosen_keys(model, ())) == 7
-    with pytest.raises(Refusal, match="--targets proj names no linear module; this model has .*self_attn.q_proj"):
-        adapters.chosen_keys(model, ("proj",))
-
-
-def test_an_adapter_is_the_same_after_a_round_trip_and_its_dropout_is_off(tiny_folder: Folder, saved: Path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_the_same_after_a_round_trip_and_its_dropout_is_off(
+    tiny_folder: Folder, tmp_path: Path, kind: adapters.Kind
+):
+    folder = written(tiny_folder("llama"), tmp_path, kind)
     loaded = load(tiny_folder("llama"))
-    plain = logits(loaded)
-    adapters.load_adapter(loaded.model, saved)
-    given, _ = read_arrays(saved / adapters.WEIGHTS)
+    adapters.load_adapter(loaded.model, folder)
+    given, _ = read_arrays(folder / adapters.WEIGHTS)
     weights = runs.weights(loaded)
     assert weights.keys() == given.keys()
     assert all(np.array_equal(value, np.array(given[name])) for name, value in weights.items())
-    assert adapters.read_shape(saved) == adapters.AdapterShape(4, 1.5, 0.5, ("mlp.up_proj", "self_attn.q_proj"), 1)
+    keys = ("mlp.up_proj", "self_attn.q_proj")
+    assert adapters.read_shape(folder) == adapters.AdapterShape(4, 1.5, 0.5, keys, 1, kind)
     assert np.array_equal(logits(loaded), logits(loaded))
     loaded.model.train()
     assert not np.array_equal(logits(loaded), logits(loaded))
-    loaded.model.eval()
-    with adapters.switched_off(loaded.model):
-        assert np.array_equal(logits(loaded), plain)
-    assert np.abs(logits(loaded) - plain).max() > 0.01
+    adapters.set_dropout(loaded.model, 0.0)
+    assert np.array_equal(logits(loaded), logits(loaded))
 
 
-def test_what_was_switched_off_is_on_again_after_an_error(tiny_folder: Folder):
-    loaded = runs.adapted(tiny_folder("llama"), seed=1)
-    before = logits(loaded)
-    with pytest.raises(KeyError), adapters.switched_off(loaded.model):
-        raise KeyError
-    assert np.array_equal(logits(loaded), before)
+WHOLE = ("lm_head", "model.layers.0.self_attn.[qk]_proj", "model.layers.1.mlp.*")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [TARGETS, WHOLE, ("v_proj", "lm_head")])
+def test_plain_mlx_lm_reads_what_was_written(
+    tiny_folder: Folder, tmp_path: Path, kind: adapters.Kind, targets: tuple[str, ...]
+):
+    folder = written(tiny_folder("llama-untied"), tmp_path, kind, targets)
+    ours = load(tiny_folder("llama-untied"))
+    plain = logits(ours)
+    adapters.load_adapter(ours.model, folder)
+    theirs, *_ = mlx_lm.load(str(tiny_folder("llama-untied")), adapter_path=str(folder))
+    assert np.array_equal(logits(ours), np.array(theirs(TOKENS)))
+    assert np.abs(logits(ours) - plain).max() > 0.01
+    assert json.loads((folder / adapters.CONFIG).read_text())["fine_tune_type"] == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_mlx_lm_s_that_names_no_keys_keeps_meaning_all(
+    tiny_folder: Folder, tmp_path: Path, kind: adapters.Kind
+):
+    folder = written(tiny_folder("llama"), tmp_path / "theirs", kind, targets=())
+    config = json.loads((folder / adapters.CONFIG).read_text())
+    del config["lora_parameters"]["keys"]
+    (folder / adapters.CONFIG).write_text(json.dumps(config))
+    loaded = load(tiny_folder("llama"))
+    adapters.load_adapter(loaded.model, folder)
+    weights = adapters.adapter_weights(loaded.model)
+    assert len({name.rsplit(".", 1)[0] for name in weights}) == 7
+    again = tmp_path / "again"
+    again.mkdir()
+    adapters.save_adapter(again, weights, adapters.read_shape(folder), "somewhere")
+    theirs, *_ = mlx_lm.load(str(tiny_folder("llama")), adapter_path=str(again))
+    assert np.array_equal(logits(loaded), np.array(theirs(TOKENS)))
 
 
 def test_a_start_adapter_in_16_bit_learns_in_float32(tiny_folder: Folder, saved: Path, tmp_path: Path):
@@ -160,20 +212,21 @@ BROKEN = {
     ),
     "a tensor of another size": (
         _arrays(lambda arrays: arrays | {Q: mx.zeros((4, 65))}),
-        "does not fit this model: model.layers.1.self_attn.q_proj.lora_b: adapter shape .4, 65.",
+        f"does not fit this model: {Q} has the shape .4, 65., which should be .4, 64.",
     ),
     "a tensor too few": (
         _arrays(lambda arrays: {name: value for name, value in arrays.items() if name != Q}),
-        f"does not fit this model: it lacks {Q}",
+        f"does not fit this model: the adapter lacks {Q}",
     ),
     "a tensor too many": (
         _arrays(lambda arrays: arrays | {"model.layers.7.self_attn.q_proj.lora_b": mx.zeros((4, 64))}),
-        "does not fit this model: model.layers.7.self_attn.q_proj.lora_b",
+        "does not fit this model: it has no place for model.layers.7.self_attn.q_proj.lora_b",
     ),
     "not a number": (
         _arrays(lambda arrays: arrays | {Q: arrays[Q] * mx.array(float("nan"))}),
         f"{Q} holds numbers that are not finite",
     ),
+    "another kind": (_config(fine_tune_type="dora"), "does not fit this model: the adapter lacks .*.m;"),
     "another rank": (_config(lora_parameters={"rank": 8}), "does not fit this model: .*shape"),
 }
 
@@ -190,7 +243,7 @@ def test_a_broken_adapter_is_refused_in_one_line(tiny_folder: Folder, saved: Pat
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"fine_tune_type": "dora"}, "of the kind dora; only lora can be trained on"),
+        ({"fine_tune_type": "full"}, "of the kind full; only lora and dora can be trained on"),
         ({"lora_parameters": {"rank": "many"}}, "lacks a usable number"),
         ({"lora_parameters": {"scale": float("nan")}}, "impossible rank, scale or dropout"),
         ({"lora_parameters": {"dropout": 1.0}}, "impossible rank, scale or dropout"),
@@ -204,5 +257,5 @@ def test_impossible_shapes_are_refused(saved: Path, change: dict, reason: str):
 
 
 def test_an_adapter_of_another_architecture_is_refused(tiny_folder: Folder, saved: Path):
-    with pytest.raises(Refusal, match="does not fit this model: model.layers.1"):
+    with pytest.raises(Refusal, match="does not fit this model: it has no place for model.layers.1"):
         adapters.load_adapter(load(tiny_folder("gemma3")).model, saved)

@@ -1,7 +1,7 @@
 """What a run is going to take, and gradient checkpointing, which takes less."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import runs
 import tiny
 from mlx_lm.models.llama import Model, ModelArgs
 
+from mlx_dpo.align.demands import resolved
+from mlx_dpo.align.loss import Loss
 from mlx_dpo.align.options import TrainOptions
-from mlx_dpo.align.reference import PairLogps
+from mlx_dpo.align.scores import empty_scores
 from mlx_dpo.align.trainer import Trainer
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
@@ -63,12 +65,12 @@ def measured(case: Case, grad_checkpoint: bool, dropout: float, layers: int | No
     adapters.attach(model, adapters.AdapterShape(8, 2.0, dropout, keys, layers or case.depth), seed=0)
     answers = [list(range(5 + case.pairs, 5 + case.pairs + case.response)) for _ in range(2)]
     pair = TokenisedPair(list(range(case.prompt)), answers[0], answers[1], "row")
-    options = TrainOptions(
-        model=Path(), data=Path(), out=Path(), grad_checkpoint=grad_checkpoint, batch_size=case.pairs
+    options = resolved(
+        TrainOptions(model=Path(), data=Path(), out=Path(), grad_checkpoint=grad_checkpoint, batch_size=case.pairs)
     )
-    nothing = np.zeros(case.pairs, dtype=np.float32)
     order = Order(case.pairs, case.pairs, 1, 0, shuffle=False)
-    trainer = Trainer(model, parts(model), [pair] * case.pairs, order, PairLogps(nothing, nothing), options, 2)
+    loss = replace(Loss.of(options), reference=empty_scores(case.pairs))
+    trainer = Trainer(model, parts(model), [pair] * case.pairs, order, loss, options, 2)
     trainer.step()
     return trainer.step()["peak_memory_gb"] * 1e9
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.convert.merge import Layers
 from mlx_dpo.models.adapters import switched_off
-from mlx_dpo.models.scoring import Rows, parts, response_logits, rows_of
+from mlx_dpo.models.scoring import Rows, parts, response_log_p, rows_of
 
 
 class Fidelity(NamedTuple):
@@ -89,11 +89,7 @@ class Yardstick:
         return self.base[number]
 
     def _log_p(self, rows: Rows) -> mx.array:
-        """Log-probabilities of every token at the response positions, (responses, vocabulary) float32."""
-        logits = response_logits(self.model, rows, self.cut).astype(mx.float32)
-        log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        mx.eval(log_p)
-        return log_p
+        return response_log_p(self.model, rows, self.cut)
 
 
 def _margin(log_p: mx.array, rows: Rows) -> float:

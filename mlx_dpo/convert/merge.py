@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_dpo.models.load import compute_dtype
+from mlx_dpo.models.lora import adapted_layers
 from mlx_dpo.refusal import Refusal
 
 
@@ -28,14 +30,13 @@ class Format(NamedTuple):
 FLOATING = Format()
 
 
-def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
     """The adapted layers of a model by path; Refusal for a kind of adapter that cannot be merged here."""
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            found[name] = module
-        elif hasattr(module, "lora_a"):
-            raise Refusal(f"The adapter changes {name} by a {type(module).__name__}, which cannot be merged here.")
+    for name, layer in adapted_layers(model).items():
+        if not isinstance(layer, (LoRALinear, DoRALinear)):
+            raise Refusal(f"The adapter changes {name} by a {type(layer).__name__}, which cannot be merged here.")
+        found[name] = layer
     return found
 
 
@@ -57,10 +58,16 @@ def fitting(bits: int, width: int) -> Format:
     return FLOATING
 
 
-def merged_weight(layer: LoRALinear) -> mx.array:
-    """W + scale·(A·B)ᵀ in float32, (out, in)."""
+def merged_weight(layer: LoRALinear | DoRALinear) -> mx.array:
+    """W + scale·(A·B)ᵀ in float32, (out, in); for DoRA its rows are then given the lengths m.
+
+    Liu et al. 2024, eq. 5 (arXiv:2402.09353).
+    """
     delta = layer.scale * (layer.lora_b.astype(mx.float32).T @ layer.lora_a.astype(mx.float32).T)
-    return plain_weight(layer.linear) + delta
+    weight = plain_weight(layer.linear) + delta
+    if isinstance(layer, LoRALinear):
+        return weight
+    return (layer.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1))[:, None] * weight
 
 
 def plain_weight(module: nn.Module) -> mx.array:

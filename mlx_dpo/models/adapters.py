@@ -1,20 +1,21 @@
-"""LoRA adapters in mlx-lm's own format: attached, read, written and switched off."""
+"""LoRA and DoRA adapters in mlx-lm's own format: attached, read, written and switched off."""
 
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx.utils import tree_unflatten
 
 from mlx_dpo.models.arrays import named_arrays, read_arrays, write_arrays
-from mlx_dpo.models.load import blocks
+from mlx_dpo.models.lora import adapted_layers, base_of, put_in
+from mlx_dpo.models.targets import are_named as are_named
+from mlx_dpo.models.targets import chosen_keys as chosen_keys
 from mlx_dpo.models.weights import check_safetensors, read_json
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import write_whole
@@ -22,20 +23,25 @@ from mlx_dpo.storage import write_whole
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 _LEAVES = ("lora_a", "lora_b", "m")
-_LORA = (LoRALinear, LoRAEmbedding, LoRASwitchLinear)
 _LARGEST_RANK = 65536  # what no layer is wide enough for
-_ADAPTABLE = (nn.Linear, nn.QuantizedLinear)
+
+Kind = Literal["lora", "dora"]
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Where adapters sit and how large they are; `scale` is alpha / rank, `layers` counts from the top."""
+    """Where adapters sit and how large they are; `scale` is alpha / rank, `layers` counts from the top.
+
+    `keys` are mlx-lm's: paths in a block, which hold for those layers, and whole paths in the model, which hold
+    wherever they lie; none means all that mlx-lm can adapt in a block.
+    """
 
     rank: int
     scale: float
     dropout: float
     keys: tuple[str, ...]
     layers: int
+    kind: Kind = "lora"
 
     @property
     def alpha(self) -> float:
@@ -43,51 +49,23 @@ class AdapterShape:
         return self.scale * self.rank
 
 
-def adaptable_keys(model: nn.Module) -> list[str]:
-    """The linear modules of a block, by their path in it, e.g. `self_attn.q_proj`."""
-    names: dict[str, None] = {}
-    for block in blocks(model):
-        names.update({n: None for n, m in block.named_modules() if isinstance(m, _ADAPTABLE)})
-    return list(names)
-
-
-def chosen_keys(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
-    """The adaptable modules that `targets` name, by whole path or by its last part; all of them for none.
-
-    Raises Refusal for a target that names no linear module.
-    """
-    known = adaptable_keys(model)
-    for target in targets:
-        if not any(_names(target, key) for key in known):
-            raise Refusal(f"--targets {target} names no linear module; this model has {', '.join(known)}.")
-    return tuple(key for key in known if not targets or any(_names(target, key) for target in targets))
-
-
-def are_named(targets: Sequence[str], keys: Sequence[str]) -> bool:
-    """Whether `targets` name all of `keys` and nothing else."""
-    every = all(any(_names(target, key) for target in targets) for key in keys)
-    return every and all(any(_names(target, key) for key in keys) for target in targets)
-
-
-def _names(target: str, key: str) -> bool:
-    return key == target or key.rsplit(".", 1)[-1] == target
-
-
 def attach(model: nn.Module, shape: AdapterShape, seed: int) -> None:
     """Freeze `model` and put fresh adapters into it: A uniform in ±1/√in from `seed` alone, B zero.
 
-    As after `load_adapter`, dropout is off until `model.train()`.
+    DoRA's magnitudes m are the lengths of the base's rows. All of the adapter is float32, whatever the base is. As
+    after `load_adapter`, dropout is off until `model.train()`. Raises Refusal for a layer that cannot be adapted.
     """
     model.freeze()
     mx.random.seed(seed)
     with _one_line_errors("The adapter does not fit this model"):
-        linear_to_lora_layers(model, shape.layers, _mlx_lm_parameters(shape))
+        put_in(model, shape.layers, _mlx_lm_parameters(shape), dora=shape.kind == "dora")
     model.eval()
     mx.eval(model.parameters())
 
 
 def _mlx_lm_parameters(shape: AdapterShape) -> dict[str, Any]:
-    return {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": list(shape.keys)}
+    parameters = {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout}
+    return parameters | {"keys": list(shape.keys)} if shape.keys else parameters
 
 
 @contextlib.contextmanager
@@ -103,13 +81,12 @@ def _one_line_errors(what: str) -> Iterator[None]:
 def read_shape(folder: Path) -> AdapterShape:
     """The shape that an adapter folder declares.
 
-    Raises Refusal where the folder holds no LoRA adapter in mlx-lm's format, or one with impossible numbers.
+    Raises Refusal where the folder holds no adapter of a known kind in mlx-lm's format, or one with impossible numbers.
     """
     config = read_folder(folder)
-    if config.get("fine_tune_type", "lora") != "lora":
-        raise Refusal(
-            f"{folder / CONFIG} is of the kind {config['fine_tune_type']}; only lora can be trained on or used."
-        )
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in get_args(Kind):
+        raise Refusal(f"{folder / CONFIG} is of the kind {kind}; only lora and dora can be trained on or used.")
     parameters = config["lora_parameters"]
     try:
         shape = AdapterShape(
@@ -118,6 +95,7 @@ def read_shape(folder: Path) -> AdapterShape:
             dropout=float(parameters.get("dropout", 0.0)),
             keys=tuple(parameters.get("keys") or ()),
             layers=int(config["num_layers"]),
+            kind=kind,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Refusal(f"{folder / CONFIG} lacks a usable number ({error}): restore it from its source.") from None
@@ -147,27 +125,33 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     Raises Refusal for an adapter of another model, with missing tensors or with numbers that are not finite.
     """
-    read_shape(folder)
-    model.freeze()
-    with _one_line_errors(f"The adapter {folder} does not fit this model"):
-        load_adapters(model, str(folder))
-    model.eval()  # the layers that mlx-lm puts in come with dropout on
+    shape = read_shape(folder)
     given, _ = read_arrays(folder / WEIGHTS)
-    wanted = adapter_weights(model)
-    missing = sorted(wanted.keys() - given.keys())
-    if missing:
-        raise Refusal(
-            f"The adapter {folder} does not fit this model: it lacks {missing[0]}; give the model that it was made for."
-        )
-    check_finite(wanted, str(folder / WEIGHTS))
+    model.freeze()
+    # Not by mlx-lm's load_adapters, which builds DoRA too narrow on 3, 5 and 6 bits.
+    with _one_line_errors(f"The adapter {folder} does not fit this model"):
+        put_in(model, shape.layers, _mlx_lm_parameters(shape), dora=shape.kind == "dora")
+        _check_fit(given, adapter_weights(model))
+        model.update(tree_unflatten(list(given.items())))
+    model.eval()  # fresh layers come with dropout on
+    check_finite(given, str(folder / WEIGHTS))
+
+
+def _check_fit(given: Mapping[str, mx.array], wanted: Mapping[str, mx.array]) -> None:
+    for name, value in sorted(given.items()):
+        if name not in wanted:
+            raise ValueError(f"it has no place for {name}")
+        if value.shape != wanted[name].shape:
+            raise ValueError(f"{name} has the shape {value.shape}, which should be {wanted[name].shape}")
+    for name in sorted(wanted.keys() - given.keys()):
+        raise ValueError(f"the adapter lacks {name}")
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
     """Give every adapter in `model` this dropout, a probability."""
-    for _, module in model.named_modules():
-        if isinstance(module, _LORA):
-            module.dropout = nn.Dropout(p=dropout)
-            module.train(module.training)
+    for layer in adapted_layers(model).values():
+        layer.dropout = nn.Dropout(p=dropout)
+        layer.train(layer.training)
 
 
 def check_finite(weights: dict[str, mx.array], where: str) -> None:
@@ -185,7 +169,7 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
 def save_adapter(folder: Path, weights: dict[str, mx.array], shape: AdapterShape, model: str) -> None:
     """Write `weights` as mlx-lm reads them, configuration first; each file is replaced whole."""
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": shape.kind,
         "num_layers": shape.layers,
         "lora_parameters": _mlx_lm_parameters(shape),
         "model": model,
@@ -196,13 +180,15 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], shape: AdapterShape
 
 @contextlib.contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """The same model without what its adapters add, for as long as the block lasts."""
-    layers = [m for _, m in model.named_modules() if isinstance(m, _LORA)]
-    scales = [layer.scale for layer in layers]
-    for layer in layers:
-        layer.scale = 0.0
+    """The base itself, bit for bit, for as long as the block lasts: its layers stand where the adapted ones did.
+
+    Within the block the model has no adapter weights, and nothing in it learns.
+    """
+    layers = adapted_layers(model)
+    model.update_modules(tree_unflatten([(name, base_of(layer)) for name, layer in layers.items()]))
     try:
         yield
     finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scale = scale
+        for layer in layers.values():  # `train()` and `eval()` did not reach them
+            layer.train(base_of(layer).training)
+        model.update_modules(tree_unflatten(list(layers.items())))

@@ -1,19 +1,55 @@
-"""Greedy answers to a few questions at once, for looking at a model before and after."""
+"""Greedy answers to a few questions at once, for looking at a model before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import batch_generate
 
 from mlx_dpo.models.load import Loaded
+from mlx_dpo.models.scoring import Parts, response_log_p, rows_of
 
 
-def greedy_answers(loaded: Loaded, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-    """The model's most likely answer to each prompt (token ids); one cut off at `max_tokens` ends with " …"."""
+class Answer(NamedTuple):
+    """What a model said, as text and as token ids; a text cut off at the most tokens ends with " …"."""
+
+    text: str
+    tokens: list[int]
+
+
+def greedy_answers(loaded: Loaded, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
+    """The model's most likely answer to each prompt (token ids)."""
+    if not prompts:
+        return []
     given = [list(prompt) for prompt in prompts]
     answers = batch_generate(loaded.model, loaded.tokenizer, given, max_tokens=max_tokens, return_token_ids=True)
     mx.clear_cache()
     return [
-        text.strip() + (" …" if len(tokens) == max_tokens else "")
+        Answer(text.strip() + (" …" if len(tokens) == max_tokens else ""), list(tokens))
         for text, tokens in zip(answers.texts, answers.token_ids or [], strict=True)
     ]
+
+
+def divergence(
+    model: nn.Module,
+    cut: Parts | None,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Answer],
+    as_reference: Callable[[nn.Module], AbstractContextManager[None]],
+) -> float | None:
+    """KL(model ‖ reference) along the model's own answers, the mean over their tokens in nats; None without tokens.
+
+    Exact over the vocabulary at each place. `as_reference(model)` makes the model its reference for a block.
+    """
+    total, tokens = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if answer.tokens:
+            rows = rows_of([(prompt, answer.tokens)])
+            here = response_log_p(model, rows, cut)
+            with as_reference(model):
+                total += float((mx.exp(here) * (here - response_log_p(model, rows, cut))).sum())
+            tokens += len(answer.tokens)
+            mx.clear_cache()
+    return total / tokens if tokens else None

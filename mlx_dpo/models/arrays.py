@@ -1,12 +1,14 @@
 """MLX's trees and files as plain dictionaries of arrays, with their types."""
 
-import os
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+
+from mlx_dpo.storage import put_in_place
 
 
 def named_arrays(tree: Any) -> dict[str, mx.array]:
@@ -25,8 +27,7 @@ def write_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[s
     partial = path.with_name(f".part-{path.name}")
     try:
         mx.save_safetensors(str(partial), dict(arrays), metadata=dict(metadata))
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        put_in_place(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -92,14 +93,55 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        put_in_place(Path(name), path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a written file to `path`, in the same folder: a loss of power leaves the old file or the new one.
+
+    Raises OSError, which names `path`, where the disk fails.
+    """
+    with partial.open("rb+") as file:
+        _sync(file.fileno(), path)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk itself holds the names in `folder`, as renaming and removing left them.
+
+    Where a folder cannot be opened, or its file system knows no such wish, there is nothing to wait for.
+    Raises OSError, which names `folder`, where the disk fails.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        _sync(descriptor, folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync(descriptor: int, path: Path) -> None:
+    """Wait until the disk itself holds a file; on macOS fsync alone stops at the drive's cache (fsync(2) there)."""
+    complete = getattr(fcntl, "F_FULLFSYNC", None)
+    try:
+        if complete is not None:
+            with contextlib.suppress(OSError):  # some network drives do not know it
+                fcntl.fcntl(descriptor, complete)
+                return
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
@@ -48,18 +48,28 @@ app = App(
 
 @app.command
 def train(options: Annotated[TrainOptions, Parameter(name="*")]) -> int:
-    """Align a model with preference pairs (DPO) or with answers (SFT), by a LoRA adapter."""
+    """Align a model with preferences (DPO and its kin) or with answers and text (SFT), by a LoRA adapter.
+
+    A --config file with several [[stage]] tables trains one stage after the other, each from the adapter before it.
+    """
+    return _train([options])
+
+
+def _train(stages: Sequence[TrainOptions]) -> int:
     from mlx_dpo import console
-    from mlx_dpo import train as verb
+    from mlx_dpo import stages as several
+    from mlx_dpo import train as single
     from mlx_dpo.align import record
     from mlx_dpo.align.events import Finished, Interrupted
 
+    out, plan_on = stages[0].out, console.out if stages[0].dry_run else console.err
     try:
         with console.StopRequest().listening() as stop:
-            end = console.show_training(verb.run(options, stop), console.out if options.dry_run else console.err)
+            run = single.run(stages[0], stop) if len(stages) == 1 else several.run(stages, stop)
+            end = console.show_training(run, plan_on)
     except KeyboardInterrupt:
-        begun = (options.out / record.RUN).exists()
-        command = record.resume_command(options.out)
+        begun = (out / record.RUN).exists()
+        command = record.resume_command(out)
         console.fail(f"Interrupted. To go on from the last checkpoint: {command}" if begun else "Interrupted.")
         return 130
     if isinstance(end, Interrupted):
@@ -186,10 +196,8 @@ def launch(
     debug
         Show the traceback of an error.
     """
-    if config is not None:
-        app.config = (cyclopts.config.Toml(_readable_toml(config), use_commands_as_keys=False),)
     try:
-        return _guarded(tokens)
+        return _guarded(tokens, None if config is None else _read_toml(config), config)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
@@ -198,23 +206,49 @@ def launch(
         app.config = ()
 
 
-def _guarded(tokens: Sequence[str]) -> int:
+def _guarded(tokens: Sequence[str], table: dict[str, Any] | None, path: Path | None) -> int:
+    if table is not None and "stage" in table:
+        return _staged(tokens, table, str(path))
+    if table is not None:
+        app.config = (_config(table, str(path)),)
     result = app(list(tokens), exit_on_error=False, print_error=False)
     return result if isinstance(result, int) else 0
 
 
-def _readable_toml(path: Path) -> Path:
+def _config(table: dict[str, Any], source: str) -> cyclopts.config.Dict:
+    made = cyclopts.config.Dict(table, use_commands_as_keys=False)
+    made.source = source
+    return made
+
+
+def _staged(tokens: Sequence[str], table: dict[str, Any], source: str) -> int:
+    """Train the stages of a configuration, each with what stands above them and with the flags."""
+    stages = table.pop("stage")
+    if list(tokens[:1]) != ["train"]:
+        _misused(f"--config {source} has stages, which only mlx_dpo train takes.")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        _misused(f"--config {source}: write each stage as a [[stage]] table.")
+    parsed = []
+    for stage in stages:
+        app.config = (_config(table | stage, source),)
+        _, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
+        if "options" not in bound.arguments:  # --help, which is the same for every stage
+            return _guarded(tokens, None, None)
+        parsed.append(bound.arguments["options"])
+    return _train(parsed)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     import tomllib
 
     if not path.is_file():
         _misused(f"--config {path}: there is no such file.")
     try:
-        tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         _misused(f"--config {path} is not UTF-8: save it in that encoding.")
     except tomllib.TOMLDecodeError as error:
         _misused(f"--config {path} is not valid TOML: {str(error).rstrip('.')}.")
-    return path
 
 
 def _misused(sentence: str) -> NoReturn:

@@ -97,6 +97,10 @@ class _TrainingView:
             err.print(event.text)
         elif isinstance(event, events.Stepped):
             self._step(event)
+        elif isinstance(event, events.Warned):
+            err.print(f"Warning, step {event.step}: {event.finding.text}", style="yellow")
+        elif isinstance(event, events.Stage):
+            err.print(f"Stage {event.number} of {event.stages}: {event.method}", style="bold")
         elif isinstance(event, events.Evaluated):
             err.print(evaluation_in_words(event.numbers))
 

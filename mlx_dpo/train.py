@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from mlx_dpo import machine, storage
 from mlx_dpo.align import record
 from mlx_dpo.align.adapting import attached, with_adapter_shape
+from mlx_dpo.align.demands import refuse_absurd, resolved
 from mlx_dpo.align.events import Event, Note, Phase, Planned
-from mlx_dpo.align.examples import prepared
-from mlx_dpo.align.options import TrainOptions, as_toml, refuse_absurd
+from mlx_dpo.align.examples import Prepared, prepared
+from mlx_dpo.align.options import TrainOptions, as_toml
 from mlx_dpo.align.plan import Plan, planned
 from mlx_dpo.align.run import Run
+from mlx_dpo.align.tracking import refuse_missing
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import CutCounts
 from mlx_dpo.models.load import load_to_compute, read_config
@@ -29,10 +31,14 @@ def run(options: TrainOptions, stop: Callable[[], bool] = lambda: False) -> Iter
     Raises Refusal, before the model is loaded where that is possible, for anything that cannot be right.
     """
     refuse_absurd(options)
+    options = resolved(options)
+    for kind in options.track:
+        refuse_missing(kind)
     config = read_config(options.model)
     options = with_adapter_shape(options)
     _check_out(options)
     examples = prepared(options, config)
+    _refuse_nothing_held_out(examples, options)
     yield from _cut_note(examples.cut, options)
     order = Order(len(examples.train), options.batch_size, options.grad_accumulation, options.seed, options.shuffle)
     plan = planned(options, config, examples.train, examples.valid, order)
@@ -68,6 +74,14 @@ def _cut_note(cut: CutCounts, options: TrainOptions) -> Iterator[Note]:
         yield Note(
             f"--max-length {options.max_length} cut {cut.pairs} pairs: {cut.prompts} prompts from the left, "
             f"{cut.responses} answers at their end, {cut.tokens} tokens in all."
+        )
+
+
+def _refuse_nothing_held_out(examples: Prepared, options: TrainOptions) -> None:
+    if (options.keep == "best" or options.patience) and not examples.valid:
+        raise Refusal(
+            f"{options.data} has no held-out examples to choose the best step by: add --holdout, or leave --keep and "
+            "--patience away."
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import parity
 from mlx.utils import tree_unflatten
 
 from mlx_dpo import train
+from mlx_dpo.align.demands import resolved
 from mlx_dpo.align.events import Event
+from mlx_dpo.align.loss import Loss
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.align.record import read_metrics
-from mlx_dpo.align.reference import PairLogps, scored
+from mlx_dpo.align.scores import Scores, mismatched, scored
 from mlx_dpo.align.trainer import Trainer
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.examples import example
@@ -35,8 +38,10 @@ def write_pairs(path: Path, rows: Iterable[dict[str, Any]] = parity.PAIRS) -> Pa
 
 
 def options(model: Path, data: Path, out: Path, **more: Any) -> TrainOptions:
-    """Options that learn fast and answer no questions."""
+    """Options that learn fast, by plain DPO, and answer no questions."""
     fast = {"rank": 4, "learning_rate": 5e-3, "batch_size": 4, "samples": 0, "sample_tokens": 8}
+    if more.get("method") != "sft":
+        fast["loss"] = "sigmoid"
     return TrainOptions(model=model, data=data, out=out, **(fast | more))
 
 
@@ -58,7 +63,7 @@ def adapter_bytes(out: Path) -> bytes:
 
 def pairs(loaded: Loaded, count: int = len(parity.PAIRS)) -> list[TokenisedPair]:
     """The first parity pairs as token ids."""
-    made = [example(row, f"row {number}", pairs=True) for number, row in enumerate(parity.PAIRS[:count])]
+    made = [example(row, f"row {number}", kind="pairs") for number, row in enumerate(parity.PAIRS[:count])]
     return tokenise([item for item in made if not isinstance(item, list)], loaded.tokenizer, None).items
 
 
@@ -84,26 +89,46 @@ def attach(loaded: Loaded, shape: adapters.AdapterShape, seed: int | None) -> No
         loaded.model.update(tree_unflatten(moved))
 
 
-def reference(loaded: Loaded, items: Sequence[TokenisedPair]) -> PairLogps:
+def reference(loaded: Loaded, items: Sequence[TokenisedPair], loss: Loss) -> Scores:
     """What the model says without its adapter."""
     with adapters.switched_off(loaded.model):
-        *_, found = scored(loaded.model, parts(loaded.model), items, 4)
-    assert isinstance(found, PairLogps)
+        *_, found = scored(loaded.model, parts(loaded.model), items, 4, loss.sums)
+    assert isinstance(found, Scores)
     return found
+
+
+def referring(loaded: Loaded, items: Sequence[TokenisedPair], loss: Loss, block: int) -> Loss:
+    """The loss with what its reference says of the items, where it needs one."""
+    if not loss.terms.needs_reference:
+        return loss
+    known = reference(loaded, items, loss)
+    if not loss.terms.is_unpaired:
+        return replace(loss, reference=known)
+    strangers = mismatched(items, block)
+    theirs = reference(loaded, strangers, loss).chosen.plain
+    return replace(loss, reference=known, strangers=strangers, strangers_reference=theirs)
+
+
+def singles(items: Sequence[TokenisedPair]) -> list[TokenisedPair]:
+    """Each pair as a thumb up and a thumb down."""
+    return [single for pair in items for single in (pair._replace(rejected=[]), pair._replace(chosen=[]))]
 
 
 def trainer(loaded: Loaded, steps: int = 3, count: int = len(parity.PAIRS), **more: Any) -> Trainer:
     """A trainer on the first parity pairs, in their order, that no folder is needed for."""
     nowhere = Path("nowhere")
-    chosen = options(nowhere, nowhere, nowhere, **({"schedule": "constant", "shuffle": False} | more))
+    still = {"schedule": "constant", "shuffle": False}
+    chosen = resolved(options(nowhere, nowhere, nowhere, **(still | more)))
     if chosen.dropout:
         adapters.set_dropout(loaded.model, chosen.dropout)
-    items = pairs(loaded, count)
-    known = reference(loaded, items) if chosen.method == "dpo" else None
+    items, loss = pairs(loaded, count), Loss.of(chosen)
     if chosen.method == "sft":
         items = [pair._replace(rejected=[]) for pair in items]
+    elif loss.terms.is_unpaired:
+        items = singles(items)
+    loss = referring(loaded, items, loss, chosen.batch_size * chosen.grad_accumulation)
     order = Order(len(items), chosen.batch_size, chosen.grad_accumulation, chosen.seed, chosen.shuffle)
-    return Trainer(loaded.model, parts(loaded.model), items, order, known, chosen, steps)
+    return Trainer(loaded.model, parts(loaded.model), items, order, loss, chosen, steps)
 
 
 def named(tree: Any) -> list[tuple[str, mx.array]]:

@@ -85,7 +85,7 @@ def test_it_asks_nothing_of_the_network(tiny_folder: Folder, tmp_path: Path):
     assert not any({"src", "href", "srcset", "action", "data"} & attributes.keys() for _, attributes in found.tags)
     assert not re.search(r"https?:|//|url\(|@import|<script|<link|<iframe", text)
     asked = re.findall("<h3>(.*?)</h3>", text)
-    _, held_out = split_off(read(data, pairs=True).train, 0.3, seed=0)
+    _, held_out = split_off(read(data, kind="pairs").train, 0.3, seed=0)
     assert asked == [html.escape(example.prompt[-1]["content"]) for example in held_out]
 
 

@@ -76,7 +76,7 @@ def test_a_fresh_adapter_changes_no_bit_and_a_used_one_does(tiny_folder: Folder,
 
 def test_training_starts_at_ln_2_without_rewards_and_learns(aligned: Aligned):
     first, *later = [row for row in runs.rows(aligned.adapter) if "loss" in row]
-    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2), abs=5e-6)  # sums of some 400 nats, rounded to 3e-5
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert first[name] == pytest.approx(0, abs=1e-4)
     losses = [first["loss"]] + [row["loss"] for row in later]

@@ -132,7 +132,7 @@ def test_where_all_checkpoints_are_damaged_it_says_so(options: TrainOptions):
 
 def test_a_run_killed_while_it_ends_is_ended_by_resuming(options: TrainOptions, whole: Path):
     for event in train.run(options):
-        if getattr(event, "name", "") == "Answers after training":
+        if getattr(event, "name", "") == "Writing the report":
             break
     assert not (options.out / "manifest.json").exists()
     assert len(read_metrics(options.out)) == len(read_metrics(whole))

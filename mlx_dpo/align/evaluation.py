@@ -1,40 +1,92 @@
-"""Held-out numbers: exact over all pairs, never means of batch means, with an interval for the accuracy."""
+"""Held-out numbers: exact over all pairs, never means of batch means, each with a 95% interval."""
 
 from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo.align import objectives
-from mlx_dpo.align.intervals import wilson
-from mlx_dpo.align.options import TrainOptions
-from mlx_dpo.align.reference import PairLogps
-from mlx_dpo.align.trainer import reward_means
+from mlx_dpo.align.intervals import bootstrap, wilson
+from mlx_dpo.align.loss import Loss
+from mlx_dpo.align.rewards import Rewards, rewards
+from mlx_dpo.align.scores import Answers, Scores, having
 from mlx_dpo.data.tokenised import TokenisedPair
 
 
 def evaluated(
-    policy: PairLogps, reference: PairLogps, pairs: Sequence[TokenisedPair], options: TrainOptions
+    policy: Scores, start: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None = None
 ) -> dict[str, float]:
-    """The training numbers over held-out pairs, prefixed eval_, with the reference's log-probabilities beside."""
-    tokens = sum(len(pair.chosen) for pair in pairs)
-    sft = -float(policy.chosen.sum(dtype=np.float64)) / tokens
-    chosen = {
-        "eval_logps/chosen": float(policy.chosen.mean()),
-        "eval_logps/chosen_reference": float(reference.chosen.mean()),
-        "eval_pairs": len(pairs),
-    }
-    if options.method == "sft":
-        return {"eval_loss": sft, **chosen}
-    margin = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
-    losses = objectives.PREFERENCE[options.loss](mx.array(margin), options.beta, options.label_smoothing)
-    means = reward_means(policy, reference, options.beta)
-    low, high = wilson(int((margin > 0).sum()), len(margin))
-    return {
-        "eval_loss": float(np.array(losses).mean()) + options.sft_weight * sft,
-        **{f"eval_{name}": value for name, value in means.items()},
-        "eval_rewards/accuracies_low": low,
-        "eval_rewards/accuracies_high": high,
-        **chosen,
-        "eval_logps/rejected_reference": float(reference.rejected.mean()),
-    }
+    """The training numbers over held-out examples, prefixed eval_, with intervals (_low, _high).
+
+    `start` is what the model said before the first step, with which the chosen answers' log-probability is compared;
+    `loss` holds the held-out numbers of its reference, and `kl` is its divergence, where it needs them.
+    """
+    every = list(range(len(pairs)))
+    found = rewards(policy, start, pairs, every, loss.terms, loss.beta)
+    result = {"eval_loss": _loss(policy, pairs, loss, kl), **_loss_interval(policy, pairs, loss, kl)}
+    result |= {f"eval_{name}": value for name, value in found.means().items()}
+    if kl is not None:
+        result["eval_kl_of_strangers"] = kl
+    result |= _intervals(found)
+    for side in Scores._fields:
+        places = having(pairs, every, side)
+        if places:
+            result[f"eval_logps/{side}_reference"] = float(getattr(start, side).logps[places].mean())
+    if found.paired:
+        for name, scores in (("", policy), ("_reference", start)):
+            result[f"eval_logps/preferred_per_token{name}"] = _preferred(scores, pairs)
+    return result | {"eval_pairs": len(pairs)}
+
+
+def _preferred(scores: Scores, pairs: Sequence[TokenisedPair]) -> float:
+    """The share of pairs whose chosen answer has the higher mean log p per token."""
+    chosen, rejected = (np.array([len(getattr(pair, side)) for pair in pairs]) for side in Scores._fields)
+    return float((scores.chosen.plain / chosen > scores.rejected.plain / rejected).mean())
+
+
+def _intervals(found: Rewards) -> dict[str, float]:
+    result: dict[str, float] = {}
+    if found.paired:
+        low, high = wilson(int((found.margins > 0).sum()), len(found.margins))
+        result |= _named("rewards/accuracies", low, high)
+    for name, values in (("rewards/margins", found.margins), ("logps/chosen_shift", found.shift)):
+        if values.size:
+            result |= _named(name, *_mean_interval(values))
+    return result
+
+
+def _mean_interval(values: np.ndarray) -> tuple[float, float]:
+    return bootstrap(lambda drawn: values[drawn].mean(axis=1), len(values))
+
+
+def _named(name: str, low: float, high: float) -> dict[str, float]:
+    return {f"eval_{name}_low": low, f"eval_{name}_high": high}
+
+
+def _loss(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> float:
+    every = list(range(len(pairs)))
+    return float(loss.share(_present(policy, pairs), pairs, every, loss.window(pairs, every), kl))
+
+
+def _loss_interval(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> dict[str, float]:
+    """The interval of the loss, where its parts belong to examples one by one."""
+    every = list(range(len(pairs)))
+    if loss.terms.is_coupled or len(having(pairs, every, "chosen")) < len(pairs):
+        return {}
+    parts = loss.parts(_present(policy, pairs), pairs, every, kl)
+    by_example, by_token, by_whole = (np.broadcast_to(np.array(part), len(pairs)) for part in parts)
+    tokens = np.array([len(pair.chosen) for pair in pairs])
+    whole = tokens + np.array([len(pair.prompt) - 1 for pair in pairs])
+
+    def statistic(drawn: np.ndarray) -> np.ndarray:
+        a_token = by_token[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
+        a_token = a_token + by_whole[drawn].sum(axis=1) / whole[drawn].sum(axis=1)
+        return by_example[drawn].mean(axis=1) + a_token
+
+    return _named("loss", *bootstrap(statistic, len(pairs)))
+
+
+def _present(scores: Scores, pairs: Sequence[TokenisedPair]) -> Scores:
+    """The numbers of the answers that are there, side by side as a batch has them."""
+    every = list(range(len(pairs)))
+    places = {side: having(pairs, every, side) for side in Scores._fields}
+    return Scores(*(Answers(*(mx.array(v[places[side]]) for v in getattr(scores, side))) for side in Scores._fields))

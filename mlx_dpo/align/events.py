@@ -1,8 +1,9 @@
 """What a run tells while it goes; the console prints it, a library caller reads it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mlx_dpo.align.monitor import Finding
 from mlx_dpo.align.plan import Plan
 from mlx_dpo.align.report import Sample
 
@@ -27,17 +28,32 @@ class Planned(NamedTuple):
     plan: Plan
 
 
+class Stage(NamedTuple):
+    """One stage of several begins."""
+
+    number: int
+    stages: int
+    method: str
+
+
 class Stepped(NamedTuple):
     """A step was taken: its row of metrics.jsonl, and how many steps there are."""
 
-    numbers: dict[str, float]
+    numbers: dict[str, Any]
     steps: int
 
 
-class Evaluated(NamedTuple):
-    """Held-out pairs were scored: the row of metrics.jsonl."""
+class Warned(NamedTuple):
+    """The monitor found something wrong at a step."""
 
-    numbers: dict[str, float]
+    step: int
+    finding: Finding
+
+
+class Evaluated(NamedTuple):
+    """Held-out pairs were scored and questions answered: the row of metrics.jsonl."""
+
+    numbers: dict[str, Any]
 
 
 class Interrupted(NamedTuple):
@@ -52,9 +68,9 @@ class Finished(NamedTuple):
 
     out: Path
     report: Path
-    scores: dict[str, float]
+    scores: dict[str, Any]
     samples: list[Sample]
     seconds: float
 
 
-Event = Phase | Note | Planned | Stepped | Evaluated | Interrupted | Finished
+Event = Phase | Note | Planned | Stage | Stepped | Warned | Evaluated | Interrupted | Finished

@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
+from mlx_dpo.align.demands import loss_of
 from mlx_dpo.align.options import TrainOptions
-from mlx_dpo.data.examples import Example, Turns
+from mlx_dpo.data.examples import Example, Kind, Turns
 from mlx_dpo.data.questions import read_questions
 from mlx_dpo.data.reading import fingerprint, read, split_off
 from mlx_dpo.data.tokenised import CutCounts, TokenisedPair, tokenise
@@ -48,15 +49,21 @@ def _questions(options: TrainOptions, train: list[Example], valid: list[Example]
     if options.questions is not None:
         prompts = read_questions(options.questions)
     else:
-        prompts = [example.prompt for example in valid or train]
+        prompts = [example.prompt for example in valid or train if example.prompt]  # plain text asks nothing
     distinct = {str(prompt): prompt for prompt in reversed(prompts)}
     first = list(distinct.values())[::-1][: options.samples]
     trained = {str(example.prompt) for example in train}
     return first, all(str(prompt) not in trained for prompt in first)
 
 
+def _kind(options: TrainOptions) -> Kind:
+    if options.method == "sft":
+        return "answers"
+    return "thumbs" if loss_of(options).is_unpaired else "pairs"
+
+
 def _split(options: TrainOptions) -> tuple[list[Example], list[Example]]:
-    splits = read(options.data, pairs=options.method == "dpo")
+    splits = read(options.data, kind=_kind(options))
     if options.holdout and splits.valid:
         raise Refusal(f"--holdout is given, but {options.data} has a valid file: leave one of them away.")
     if not options.holdout:
@@ -70,7 +77,7 @@ def _split(options: TrainOptions) -> tuple[list[Example], list[Example]]:
 def _refuse_foreign_tokens(pairs: list[TokenisedPair], config: dict[str, Any]) -> None:
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     for pair in pairs:
-        highest = max(max(pair.prompt), max(pair.chosen), max(pair.rejected, default=0))
+        highest = max(*pair.prompt, *pair.chosen, *pair.rejected)
         if size and highest >= size:
             raise Refusal(
                 f"{pair.source} has the token {highest}, but the model knows {size}: the tokenizer in the model's "

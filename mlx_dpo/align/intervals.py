@@ -1,8 +1,12 @@
-"""Intervals for shares."""
+"""Intervals for shares and means."""
 
 import math
+from collections.abc import Callable
+
+import numpy as np
 
 _Z = 1.959963984540054  # two-sided 95%
+_DRAWS, _SEED = 1000, 0
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
@@ -17,3 +21,13 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     middle = (share + _Z**2 / (2 * trials)) / spread
     half = _Z * math.sqrt(share * (1 - share) / trials + _Z**2 / (4 * trials**2)) / spread
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic over `count` examples, from 1000 resamples, always the same.
+
+    `statistic` takes example numbers, (draws, count), and gives a value a draw, (draws,). Efron 1979, Ann. Stat. 7:1.
+    """
+    drawn = np.random.default_rng(_SEED).integers(0, count, (_DRAWS, count))
+    low, high = np.percentile(statistic(drawn), [2.5, 97.5])
+    return float(low), float(high)

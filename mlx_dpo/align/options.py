@@ -1,14 +1,27 @@
 """What a training run can be told, declared once: flags, TOML keys and Python fields are these."""
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from mlx_dpo.align import mixture
+from mlx_dpo.align.quantities import Divergence
+from mlx_dpo.align.tracking import Tracker
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.whole import Whole
+
+
+def _known_loss(kind: type, value: str) -> None:
+    try:
+        mixture.mixture(value)
+    except Refusal as fault:
+        raise ValueError(str(fault)) from None
+
+
+LossName = Annotated[str, Parameter(validator=_known_loss)]
+Measure = Literal["loss", "accuracy", "margin", "chosen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +35,11 @@ class TrainOptions:
     out: Path
     """Folder for the adapter and the run's records."""
     method: Literal["dpo", "sft"] = "dpo"
-    """Learn from preference pairs (dpo), or from the chosen answers alone (sft)."""
-    loss: Literal["sigmoid"] = "sigmoid"
-    """The preference objective."""
+    """Learn from preferences (dpo), or from the chosen answers or plain text alone (sft)."""
+    loss: LossName = "sigmoid+sft"
+    """The preference objective: sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot,
+    aot_unpaired, apo_zero, apo_down, discopop, sigmoid_norm, dpop, simpo, cpo, orpo or kto, or a sum such as
+    0.8*sigmoid+0.5*sft."""
     adapter: Path | None = None
     """Adapter folder to start from; it is the reference too."""
     resume: bool = False
@@ -33,18 +48,40 @@ class TrainOptions:
     """Print the plan (pairs, tokens, steps, memory) and stop."""
     holdout: float = 0.0
     """Share of the training prompts to hold out for evaluation, where the data has no valid file."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = 0.0
-    """Share of pairs whose labels are taken as wrong (cDPO)."""
-    sft_weight: float = 0.0
-    """Weight of the chosen answers' mean negative log-likelihood, added to the preference loss."""
+    beta: float | None = None
+    """Strength of the pull towards the reference. [default: 0.1; 5 for sigmoid_norm, 2 for simpo]"""
+    label_smoothing: float | None = None
+    """Share of pairs whose labels are taken as wrong. [default: 0; 0.001 for exo_pair]"""
+    sft_weight: float | None = None
+    """Weight of the chosen answers' mean negative log-likelihood beside the preference loss; 0 leaves it out."""
+    ld_alpha: float | None = None
+    """Weight of the tokens beyond the shorter answer of a pair (LD-DPO), 0 to 1."""
+    wpo: bool = False
+    """Weigh pairs by how likely the policy is to say them (WPO)."""
+    f_divergence: Divergence = "reverse_kl"
+    """The divergence from the reference that is held small (f-DPO)."""
+    f_alpha: float | None = None
+    """The α of the α-divergence. [default: 0.5]"""
+    discopop_tau: float | None = None
+    """Temperature of DiscoPOP's blend. [default: 0.05]"""
+    simpo_gamma: float | None = None
+    """SimPO's target margin γ. [default: 0.5]"""
+    dpop_lambda: float | None = None
+    """What DPO-positive charges for a nat that the chosen answer loses. [default: 50]"""
+    desirable_weight: float | None = None
+    """KTO's weight of thumbs up. [default: 1]"""
+    undesirable_weight: float | None = None
+    """KTO's weight of thumbs down. [default: 1]"""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate goes down after warm-up."""
     warmup: float = 0.0
     """Warm-up: below 1 a share of all steps, otherwise a number of steps."""
+    optimizer: Literal["adamw", "adafactor", "muon", "lion"] = "adamw"
+    """The optimiser; AdamW is PyTorch's, the others are MLX's."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapter."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: Whole | None = None
@@ -52,19 +89,25 @@ class TrainOptions:
     batch_size: Whole = 4
     """Pairs computed at once."""
     grad_accumulation: Whole = 1
-    """Batches a step; the loss is the mean over all their pairs."""
+    """Batches a step; the loss is that of all their pairs together."""
     max_length: Whole | None = None
     """Longest prompt with answer, in tokens; longer prompts are cut from the left, and counted."""
     rank: Whole | None = None
     """LoRA rank. [default: 8, or the start adapter's]"""
     alpha: float | None = None
     """LoRA alpha as PEFT has it: the scale is alpha/rank. [default: 16, or the start adapter's]"""
+    rslora: bool = False
+    """Rank-stabilised LoRA: the scale is alpha/√rank."""
+    dora: bool = False
+    """DoRA: learn the magnitude of each weight row beside the direction."""
+    lora_plus: float = 1.0
+    """LoRA+: how many times the learning rate B gets."""
     dropout: float | None = None
     """LoRA dropout. [default: 0, or the start adapter's]"""
     layers: Whole | None = None
     """Adapt only so many blocks, counted from the top. [default: all]"""
     targets: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
-    """Linear modules to adapt, by name or path, e.g. q_proj. [default: all]"""
+    """Linear modules to adapt, by name, path or pattern, e.g. q_proj, mlp.*, model.layers.2?.mlp.*. [default: all]"""
     max_grad_norm: float = 1.0
     """Clip the gradient's global norm to this; 0 does not clip."""
     seed: Whole = 0
@@ -75,74 +118,36 @@ class TrainOptions:
     """Evaluate on held-out pairs every so many steps; the end is always evaluated."""
     save_every: Whole = 50
     """Write a checkpoint every so many steps; 0 writes none before the end."""
+    keep_checkpoints: Whole = 2
+    """How many checkpoints to keep, beside those that a rescue or --keep best needs."""
+    on_displacement: Literal["warn", "stop", "rescue"] = "warn"
+    """What to do when the chosen answers become less likely while the margin grows: say so, stop with everything saved,
+    or go back to the last healthy checkpoint, add the sft term or halve the rate, and go on."""
+    kl_budget: float = 0.5
+    """Warn where the model's own answers diverge further than this from the base, in nats a token."""
+    keep: Literal["last", "best"] = "last"
+    """The adapter to keep: of the last step, or of the best evaluation."""
+    best_by: Measure = "loss"
+    """The held-out number that says which evaluation is best; chosen is the chosen answers' log-probability."""
+    patience: Whole | None = None
+    """Stop after so many evaluations without a better one."""
     memory_limit: float | None = None
     """Refuse a run that would take more gigabytes than this. [default: 75% of what the machine recommends]"""
     grad_checkpoint: bool = False
     """Keep less and compute more: about a third slower, for long texts in little memory."""
     samples: Whole = 3
-    """Questions answered before and after, for the report."""
+    """Questions answered before, at each evaluation and after, for the report."""
     questions: Path | None = None
     """JSONL file with a prompt a row to take those questions from. [default: the held-out prompts]"""
     sample_tokens: Whole = 160
     """Longest sample answer, in tokens."""
+    track: Annotated[tuple[Tracker, ...], Parameter(show_default=False)] = ()
+    """Send the numbers to these trackers too, all of them offline (their packages are extras)."""
 
 
-_RANGES: dict[str, tuple[float, float, bool, bool]] = {  # low, high, low allowed, high allowed
-    "holdout": (0, 1, True, False),
-    "beta": (0, 1e3, False, True),
-    "label_smoothing": (0, 0.5, True, False),
-    "sft_weight": (0, 1e3, True, True),
-    "learning_rate": (0, 1, False, True),
-    "warmup": (0, 1e9, True, True),
-    "epochs": (0, 1e4, False, True),
-    "steps": (1, 1e9, True, True),
-    "batch_size": (1, 4096, True, True),
-    "grad_accumulation": (1, 65536, True, True),
-    "max_length": (8, 1e7, True, True),
-    "rank": (1, 4096, True, True),
-    "alpha": (0, 1e5, False, True),
-    "dropout": (0, 1, True, False),
-    "layers": (1, 1e4, True, True),
-    "max_grad_norm": (0, 1e6, True, True),
-    "seed": (0, 2**32 - 1, True, True),
-    "eval_every": (0, 1e9, True, True),
-    "save_every": (0, 1e9, True, True),
-    "memory_limit": (0, 1e5, False, True),
-    "samples": (0, 100, True, True),
-    "sample_tokens": (1, 4096, True, True),
-}
-
-
-def refuse_absurd(options: TrainOptions) -> None:
-    """Raise Refusal, naming the option and its range, where a number cannot be meant, or is not used."""
-    for name, (low, high, with_low, with_high) in _RANGES.items():
-        value = getattr(options, name)
-        if value is None:
-            continue
-        if not math.isfinite(value) or value < low or value > high or (value, with_low) == (low, False):
-            raise Refusal(_out_of_range(name, value))
-        if (value, with_high) == (high, False):
-            raise Refusal(_out_of_range(name, value))
-    if options.warmup >= 1 and options.warmup != int(options.warmup):
-        raise Refusal(f"--warmup {options.warmup} is neither a share below 1 nor a whole number of steps: give one.")
-    if options.method == "sft":
-        _refuse_preference_options(options)
-
-
-def _out_of_range(name: str, value: float) -> str:
-    low, high, with_low, with_high = _RANGES[name]
-    below = "at least" if with_low else "more than"
-    above = "at most" if with_high else "less than"
-    low, high = (int(limit) if limit == int(limit) else limit for limit in (low, high))
-    return f"{flag(name)} {value} makes no sense: give a number of {below} {low} and {above} {high}."
-
-
-def _refuse_preference_options(options: TrainOptions) -> None:
-    unused = ("loss", "beta", "label_smoothing", "sft_weight")
-    defaults = {field.name: field.default for field in fields(TrainOptions)}
-    for name in unused:
-        if getattr(options, name) != defaults[name]:
-            raise Refusal(f"{flag(name)} has no meaning with --method sft: leave it away.")
+def defaults() -> dict[str, Any]:
+    """The defaults of the options that have one."""
+    return {field.name: field.default for field in fields(TrainOptions)}
 
 
 def flag(name: str) -> str:

@@ -33,7 +33,7 @@ def planned(
     """Plan a run of `options` over tokenised pairs; nothing of the model but its configuration is read."""
     lengths = [_lengths(pair) for pair in train]
     longest = max(max(pair) for pair in lengths)
-    rows = min(options.batch_size, len(train)) * (2 if options.method == "dpo" else 1)
+    rows = min(options.batch_size, len(train)) * max(len(pair) for pair in lengths)
     load = Load(
         rows=rows,
         length=longest,
@@ -58,5 +58,4 @@ def planned(
 
 
 def _lengths(pair: TokenisedPair) -> tuple[int, ...]:
-    answers = [pair.chosen, pair.rejected] if pair.rejected else [pair.chosen]
-    return tuple(len(pair.prompt) + len(answer) for answer in answers)
+    return tuple(len(pair.prompt) + len(answer) for answer in (pair.chosen, pair.rejected) if answer)

@@ -3,7 +3,7 @@
 import json
 import shlex
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ from mlx_dpo.storage import sha256_of, write_whole
 
 RUN = "run.toml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-_FREE_TO_CHANGE = {"eval-every", "save-every", "memory-limit", "grad-checkpoint", "model", "data", "out", "adapter"}
+_FREE_TO_CHANGE = {
+    "eval-every", "save-every", "keep-checkpoints", "memory-limit", "grad-checkpoint", "on-displacement", "kl-budget",
+    "track", "model", "data", "out", "adapter",
+}  # fmt: skip
 
 
 def write_options(out: Path, options: dict[str, Any]) -> None:
     """Write run.toml, from which the run can be repeated."""
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / RUN, tomli_w.dumps({k: v for k, v in options.items() if v is not None}).encode())
 
 
@@ -57,27 +62,41 @@ def refuse_other_options(out: Path, options: dict[str, Any]) -> None:
             )
 
 
-class Metrics:
-    """metrics.jsonl: one JSON object a line, appended as the run goes."""
+class Rows:
+    """A file of JSON objects, one a line and each with its step, appended as the run goes."""
 
-    def __init__(self, out: Path, steps_done: int, steps: int):
-        """Continue the file after `steps_done` of `steps` steps; rows that are going to be written again go."""
-        self.path = out / METRICS
-        kept = [row for row in read_metrics(out) if row["step"] <= steps_done]
-        kept = [row for row in kept if row["step"] < steps or "loss" in row]  # the end is evaluated again
-        write_whole(self.path, _lines(kept))
-        self.rows: list[dict[str, Any]] = kept
+    def __init__(self, path: Path, steps_done: int, rescues: int = 0):
+        """Continue the file after `steps_done` steps and `rescues` rescues; rows that will be written again go."""
+        self.path = path
+        self.rows: list[dict[str, Any]] = [
+            row for row in read_rows(path) if row["step"] <= steps_done and row.get("rescue", 0) <= rescues
+        ]
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        write_rows(self.path, self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one row."""
+        """Append one row, and tell the listeners."""
         self.rows.append(row)
         with self.path.open("ab") as file:
             file.write(_lines([row]))
+        for listener in self.listeners:
+            listener(row)
+
+    def take_back(self, step: int, rescue: dict[str, Any]) -> None:
+        """Move the rows after `step` into a row that says of the rescue why."""
+        abandoned = [row for row in self.rows if row["step"] > step]
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self.rows.append({"step": step, **rescue, "abandoned": abandoned})
+        write_rows(self.path, self.rows)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The whole rows of metrics.jsonl; a last line that was cut off by a crash does not count."""
-    path = out / METRICS
+    """The whole rows of a run's metrics.jsonl."""
+    return read_rows(out / METRICS)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file that may not be there; a last line that was cut off by a crash does not count."""
     if not path.exists():
         return []
     rows = []
@@ -87,6 +106,11 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as one file, whole."""
+    write_whole(path, _lines(rows))
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
@@ -107,6 +131,11 @@ def refuse_other_base(adapter: Path, model: Path) -> None:
             f"The adapter {adapter} was trained on other weights than {model} holds: give the model folder it was "
             "trained on."
         )
+
+
+def start_facts(adapter: Path | None) -> dict[str, str] | None:
+    """What a manifest says of the adapter that a run starts from, which is its reference."""
+    return None if adapter is None else {"adapter": str(adapter), "sha256": sha256_of(adapter / WEIGHTS)}
 
 
 def origin(model: Path, adapter: Path | None, data: str) -> dict[str, Any]:

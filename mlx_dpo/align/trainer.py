@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
+import mlx.optimizers as mlx_optimizers
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from mlx_dpo.align import objectives
 from mlx_dpo.align.checkpoint import Checkpoint
+from mlx_dpo.align.loss import Loss, Window
+from mlx_dpo.align.optimizers import optimizer, set_rate
 from mlx_dpo.align.options import TrainOptions
-from mlx_dpo.align.reference import PairLogps, batch_logps, pair_rows
+from mlx_dpo.align.rewards import rewards
 from mlx_dpo.align.schedule import learning_rate, warmup_steps
+from mlx_dpo.align.scores import Scores, batch_scores, empty_scores, put
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.adapters import adapter_weights
@@ -27,11 +29,17 @@ from mlx_dpo.models.scoring import Parts
 from mlx_dpo.refusal import Refusal
 
 
-class Window(NamedTuple):
-    """What the loss of a step is divided by: its pairs and their chosen response tokens."""
+class NotFinite(Refusal):
+    """A step's loss or gradient is not finite; the adapter was not touched."""
 
-    pairs: int
-    tokens: int
+
+class Step(NamedTuple):
+    """What the window of a step came to, before the adapter is touched."""
+
+    loss: float
+    gradients: Any
+    scores: Scores
+    kl: float | None
 
 
 class Trainer:
@@ -43,38 +51,36 @@ class Trainer:
         cut: Parts | None,
         pairs: Sequence[TokenisedPair],
         order: Order,
-        reference: PairLogps | None,
+        loss: Loss,
         options: TrainOptions,
         steps: int,
     ):
-        """Train `model`'s adapter on `pairs`; `reference` holds a number a pair, and is None for SFT."""
+        """Train `model`'s adapter on `pairs` towards `loss`."""
         self.model, self.cut, self.pairs, self.order = model, cut, pairs, order
-        self.reference, self.options, self.steps = reference, options, steps
+        self.loss, self.options, self.steps = loss, options, steps
         self.steps_done = 0
         self.tokens_done = 0
-        # PyTorch's AdamW with its weight decay at 0, as TRL has it.
-        self.optimizer = optimizers.AdamW(learning_rate=0.0, weight_decay=0.0, bias_correction=True)
-        self.optimizer.init(model.trainable_parameters())
+        self.rate_factor = 1.0
+        self.optimizer = optimizer(options, model.trainable_parameters())
 
     def step(self) -> dict[str, float]:
         """Take one step and return its numbers, under TRL's names.
 
-        Raises Refusal, before the adapter is touched, where loss or gradient is not finite.
+        Raises NotFinite, before the adapter is touched, where loss or gradient is not finite.
         """
         started = time.perf_counter()
         mx.reset_peak_memory()
         batches = self.order.window(self.steps_done)
         indices = [i for batch in batches for i in batch]
-        window = Window(len(indices), sum(len(self.pairs[i].chosen) for i in indices))
-        loss, logps, gradients = self._accumulated(batches, window)
-        gradients, norm = _clipped(gradients, self.options.max_grad_norm)
+        found = self._window(batches)
+        gradients, norm = _clipped(found.gradients, self.options.max_grad_norm)
         rate = self._rate()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise Refusal(
-                f"Step {self.steps_done + 1} gave a loss of {loss:g} and a gradient norm of {norm:g}: the adapter "
-                "was left as it was before; lower --learning-rate, or look for broken rows."
+        if not math.isfinite(found.loss) or not math.isfinite(norm):
+            raise NotFinite(
+                f"Step {self.steps_done + 1} gave a loss of {found.loss:g} and a gradient norm of {norm:g}: the "
+                "adapter was left as it was before; lower --learning-rate, or look for broken rows."
             )
-        self.optimizer.learning_rate = mx.array(rate)
+        set_rate(self.optimizer, rate, self.options.lora_plus)
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         tokens = sum(_tokens(self.pairs[i]) for i in indices)
@@ -82,10 +88,12 @@ class Trainer:
         self.tokens_done += tokens
         seconds = time.perf_counter() - started
         mx.clear_cache()
+        means = rewards(found.scores, self.loss.reference, self.pairs, indices, self.loss.terms, self.loss.beta).means()
         return {
             "step": self.steps_done,
-            "loss": loss,
-            **self.rewards(logps, indices),
+            "loss": found.loss,
+            **means,
+            **({} if found.kl is None else {"kl": found.kl}),
             "grad_norm": norm,
             "learning_rate": rate,
             "num_tokens": self.tokens_done,
@@ -96,65 +104,68 @@ class Trainer:
 
     def _rate(self) -> float:
         peak, schedule, warmup = self.options.learning_rate, self.options.schedule, self.options.warmup
-        return learning_rate(self.steps_done, self.steps, peak, schedule, warmup_steps(warmup, self.steps))
+        rate = learning_rate(self.steps_done, self.steps, peak, schedule, warmup_steps(warmup, self.steps))
+        return self.rate_factor * rate
 
-    def _accumulated(self, batches: list[list[int]], window: Window) -> tuple[float, PairLogps, Any]:
-        total, gradients = 0.0, None
-        chosen, rejected = [], []
+    def _window(self, batches: list[list[int]]) -> Step:
+        """Loss and gradient over all batches of a step."""
+        window = self.loss.window(self.pairs, [i for batch in batches for i in batch])
+        kl = self._divergence(window)
+        slopes = self._slopes(batches, window, kl) if self.loss.terms.is_coupled and len(batches) > 1 else None
+        total, gradients, found = 0.0, None, empty_scores(len(self.pairs))
         self.model.train()
         for number, batch in enumerate(batches):
-            # Dropout depends on the place in the run alone, so that a resumed run draws the same.
-            mx.random.seed(_stream(self.options.seed, self.steps_done, number))
-            loss, logps, new = self._gradients(batch, window)
+            self._seed(number)
+            value, scores, new = self._gradients(batch, window, kl, slopes)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            mx.eval(loss, logps, gradients)
-            total += float(loss)
-            values = np.array(logps)
-            chosen.append(values[: len(batch)])
-            rejected.append(values[len(batch) :])
+            mx.eval(value, scores, gradients)
+            total += float(value)
+            put(found, scores, self.pairs, batch)
         self.model.eval()
-        return total, PairLogps(np.concatenate(chosen), np.concatenate(rejected)), gradients
+        return Step(slopes.loss if slopes else total, gradients, found, kl)
 
-    def _gradients(self, batch: list[int], window: Window) -> tuple[mx.array, mx.array, Any]:
-        rows = pair_rows([self.pairs[i] for i in batch])
+    def _seed(self, batch: int) -> None:
+        # Dropout depends on the place in the run alone, so that a resumed run draws the same.
+        mx.random.seed(_stream(self.options.seed, self.steps_done, batch))
+
+    def _gradients(
+        self, batch: list[int], window: Window, kl: float | None, slopes: "_Slopes | None"
+    ) -> tuple[mx.array, Scores, Any]:
         before = self.model.trainable_parameters()
 
-        def loss() -> tuple[mx.array, mx.array]:
-            logps = batch_logps(self.model, self.cut, rows)
-            return self._loss(logps, batch, window), logps
+        def loss() -> tuple[mx.array, Scores]:
+            scores = batch_scores(self.model, self.cut, [self.pairs[i] for i in batch], self.loss.sums)
+            if slopes is not None:
+                return slopes.along(scores, batch), scores
+            return self.loss.share(scores, self.pairs, batch, window, kl), scores
 
         with recomputed_blocks(self.model) if self.options.grad_checkpoint else nullcontext():
-            (value, logps), gradients = nn.value_and_grad(self.model, loss)()
+            (value, scores), gradients = nn.value_and_grad(self.model, loss)()
         self.model.update(before)
-        return value, logps, gradients
+        return value, scores, gradients
 
-    def _loss(self, logps: mx.array, batch: list[int], window: Window) -> mx.array:
-        """This batch's share of the window's mean loss."""
-        options = self.options
-        chosen = logps[: len(batch)]
-        sft = objectives.negative_log_likelihood(chosen).sum() / window.tokens
-        if options.method == "sft":
-            return sft
-        objective = objectives.PREFERENCE[options.loss]
-        losses = objective(self._margin(logps, batch), options.beta, options.label_smoothing)
-        preference = losses.sum() / window.pairs
-        return preference + options.sft_weight * sft if options.sft_weight else preference
+    def _slopes(self, batches: list[list[int]], window: Window, kl: float | None) -> "_Slopes":
+        """How the loss of the whole window changes with each answer, where pairs of different batches are coupled."""
+        found = empty_scores(len(self.pairs))
+        self.model.train()
+        for number, batch in enumerate(batches):
+            self._seed(number)
+            scores = batch_scores(self.model, self.cut, [self.pairs[i] for i in batch], self.loss.sums)
+            mx.eval(scores)
+            put(found, scores, self.pairs, batch)
+            mx.clear_cache()
+        return _Slopes(self.loss, found, self.pairs, [i for batch in batches for i in batch], window, kl)
 
-    def _margin(self, logps: mx.array, batch: list[int]) -> mx.array:
-        if self.reference is None:
-            raise Refusal("A preference loss needs reference log-probabilities.")
-        reference_margin = self.reference.chosen[batch] - self.reference.rejected[batch]
-        return logps[: len(batch)] - logps[len(batch) :] - mx.array(reference_margin)
-
-    def rewards(self, logps: PairLogps, indices: list[int]) -> dict[str, float]:
-        """Mean rewards (β times sums) and log-probabilities of the pairs `indices`."""
-        if self.reference is None:
-            return {"logps/chosen": float(logps.chosen.mean())}
-        return reward_means(
-            logps,
-            PairLogps(self.reference.chosen[indices], self.reference.rejected[indices]),
-            self.options.beta,
-        )
+    def _divergence(self, window: Window) -> float | None:
+        """The policy's divergence from the reference that KTO measures rewards from, over the window, at least 0."""
+        if self.loss.strangers is None:
+            return None
+        self.model.eval()
+        policy = []
+        for start in range(0, len(window.indices), self.options.batch_size):
+            some = [self.loss.strangers[i] for i in window.indices[start : start + self.options.batch_size]]
+            policy.append(np.array(batch_scores(self.model, self.cut, some, self.loss.sums).chosen.plain))
+        return self.loss.divergence(np.concatenate(policy), window.indices)
 
     def check_start(self) -> None:
         """Compare policy and reference on the first batch, before the first step: rewards 0, loss ln 2.
@@ -163,52 +174,68 @@ class Trainer:
         """
         batch = self.order.window(0)[0]
         self.model.eval()
-        values = np.array(batch_logps(self.model, self.cut, pair_rows([self.pairs[i] for i in batch])))
-        finite = np.isfinite(values)
-        if not finite.all():
-            worst = self.pairs[batch[int(finite.argmin()) % len(batch)]].source
-            raise Refusal(f"The model gives numbers that are not finite (near {worst}): convert it again.")
-        if self.reference is None:
-            return
-        expected = np.concatenate([self.reference.chosen[batch], self.reference.rejected[batch]])
-        off = np.abs(values - expected)
-        allowed = _rounding(self.model) * np.maximum(1.0, np.abs(expected))
-        if np.any(off > allowed):
-            raise Refusal(
-                f"Before the first step the policy differs from its reference by {off.max():.3g} nats, where it "
-                "has to be equal: the run was stopped, since its rewards would be wrong from the start."
-            )
+        scores = batch_scores(self.model, self.cut, [self.pairs[i] for i in batch], self.loss.sums)
+        for side in Scores._fields:
+            places = [i for i in batch if getattr(self.pairs[i], side)]
+            values = np.array(getattr(scores, side).plain)
+            if not np.isfinite(values).all():
+                worst = self.pairs[places[int(np.isfinite(values).argmin())]].source
+                raise Refusal(f"The model gives numbers that are not finite (near {worst}): convert it again.")
+            if self.loss.reference is None or not places:
+                continue
+            expected = getattr(self.loss.reference, side).plain[places]
+            off = np.abs(values - expected)
+            if np.any(off > _rounding(self.model) * np.maximum(1.0, np.abs(expected))):
+                raise Refusal(
+                    f"Before the first step the policy differs from its reference by {off.max():.3g} nats, where it "
+                    "has to be equal: the run was stopped, since its rewards would be wrong from the start."
+                )
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on; random numbers come from the seed and the step."""
         arrays = {f"adapter.{name}": value for name, value in adapter_weights(self.model).items()}
         arrays |= {f"optimizer.{name}": value for name, value in named_arrays(self.optimizer.state).items()}
         return Checkpoint(arrays, {"steps_done": self.steps_done, "tokens_done": self.tokens_done})
 
     def restore(self, state: Checkpoint) -> None:
         """Take up where `checkpoint()` left off; Refusal where the checkpoint is another adapter's."""
-        adapter, optimizer = (_below(part, state.arrays) for part in ("adapter.", "optimizer."))
-        own = adapter_weights(self.model)
-        if {k: v.shape for k, v in adapter.items()} != {k: v.shape for k, v in own.items()}:
-            raise Refusal("The checkpoint belongs to another model or adapter: give the run's own --out.")
-        self.model.update(tree_unflatten(list(adapter.items())))
-        self.optimizer.state = tree_unflatten(list(optimizer.items()))
+        self.restore_adapter(state)
+        self.optimizer.state = tree_unflatten(list(_below("optimizer.", state.arrays).items()))
         self.steps_done = state.numbers["steps_done"]
         self.tokens_done = state.numbers["tokens_done"]
 
+    def restore_adapter(self, state: Checkpoint) -> None:
+        """Take the adapter of a checkpoint and nothing else; Refusal where it is another one's."""
+        adapter, own = _below("adapter.", state.arrays), adapter_weights(self.model)
+        if {k: v.shape for k, v in adapter.items()} != {k: v.shape for k, v in own.items()}:
+            raise Refusal("The checkpoint belongs to another model or adapter: give the run's own --out.")
+        self.model.update(tree_unflatten(list(adapter.items())))
 
-def reward_means(policy: PairLogps, reference: PairLogps, beta: float) -> dict[str, float]:
-    """Means over pairs under TRL's names: rewards are β times the summed log-ratio."""
-    chosen = beta * (policy.chosen - reference.chosen)
-    rejected = beta * (policy.rejected - reference.rejected)
-    return {
-        "rewards/chosen": float(chosen.mean()),
-        "rewards/rejected": float(rejected.mean()),
-        "rewards/accuracies": float((chosen > rejected).mean()),
-        "rewards/margins": float((chosen - rejected).mean()),
-        "logps/chosen": float(policy.chosen.mean()),
-        "logps/rejected": float(policy.rejected.mean()),
-    }
+
+class _Slopes:
+    """The loss of a window in which pairs of different batches are coupled, and its derivative by each answer.
+
+    A first pass without gradients finds them; the second then goes batch by batch along these slopes, which gives the
+    gradient that one large batch would.
+    """
+
+    def __init__(
+        self, loss: Loss, found: Scores, pairs: Sequence[TokenisedPair], indices: list[int], window: Window,
+        kl: float | None,
+    ):  # fmt: skip
+        whole = Scores(*(type(side)(*(mx.array(v[indices]) for v in side)) for side in found))
+        value, slopes = mx.value_and_grad(lambda scores: loss.share(scores, pairs, indices, window, kl))(whole)
+        self.loss, self.place = float(value), {index: place for place, index in enumerate(indices)}
+        self.slopes = slopes
+
+    def along(self, scores: Scores, batch: list[int]) -> mx.array:
+        """The batch's answers times their slopes, whose gradient is the batch's share of the window's."""
+        places = mx.array([self.place[i] for i in batch])
+        total = mx.array(0.0)
+        for side, slope in zip(scores, self.slopes, strict=True):
+            for name in ("logps", "plain", "whole"):
+                total = total + (getattr(side, name) * getattr(slope, name)[places]).sum()
+        return total
 
 
 def _below(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -216,12 +243,12 @@ def _below(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 def _tokens(pair: TokenisedPair) -> int:
-    twice = len(pair.prompt) + len(pair.rejected) if pair.rejected else 0
-    return len(pair.prompt) + len(pair.chosen) + twice
+    answers = [answer for answer in (pair.chosen, pair.rejected) if answer]
+    return sum(len(pair.prompt) + len(answer) for answer in answers)
 
 
 def _clipped(gradients: Any, limit: float) -> tuple[Any, float]:
-    clipped, norm = optimizers.clip_grad_norm(gradients, limit if limit > 0 else math.inf)
+    clipped, norm = mlx_optimizers.clip_grad_norm(gradients, limit if limit > 0 else math.inf)
     return (clipped if limit > 0 else gradients), float(norm)
 
 

@@ -1,0 +1,151 @@
+"""What is looked at during a run: held-out examples scored, questions answered, the best evaluation kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlx_dpo.align import checkpoint
+from mlx_dpo.align.checkpoint import Checkpoint
+from mlx_dpo.align.evaluation import evaluated
+from mlx_dpo.align.events import Event, Phase
+from mlx_dpo.align.examples import Prepared
+from mlx_dpo.align.loss import Loss
+from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.align.scores import Scores, mismatched, scored
+from mlx_dpo.data.templates import prompt_ids
+from mlx_dpo.data.tokenised import TokenisedPair
+from mlx_dpo.models import adapters
+from mlx_dpo.models.answers import divergence, greedy_answers
+from mlx_dpo.models.load import Loaded
+from mlx_dpo.models.scoring import Parts
+
+Row = dict[str, Any]
+_BEST = "best"
+_MOST_KEPT = 100
+# The held-out number of --best-by, and whether more of it is better.
+_MEASURES = {
+    "loss": ("eval_loss", -1),
+    "accuracy": ("eval_rewards/accuracies", 1),
+    "margin": ("eval_rewards/margins", 1),
+    "chosen": ("eval_logps/chosen", 1),
+}
+
+
+class Scorer(NamedTuple):
+    """A model with its adapter, and how it scores and answers."""
+
+    loaded: Loaded
+    cut: Parts | None
+    options: TrainOptions
+
+    def scores(self, name: str, pairs: list[TokenisedPair], loss: Loss) -> Iterator[Any]:
+        """Score examples under the adapter as it is, yielding Phases called `name` and returning the Scores."""
+        self.loaded.model.eval()
+        yield Phase(name, 0, len(pairs))
+        for event in scored(self.loaded.model, self.cut, pairs, self.options.batch_size, loss.sums):
+            if isinstance(event, Scores):
+                return event
+            yield Phase(name, event.done, event.total)
+        return None
+
+    def with_reference(self, name: str, pairs: list[TokenisedPair], loss: Loss) -> Iterator[Any]:
+        """Return `loss` with what the model as it is says of `pairs`, where the loss needs a reference."""
+        if not loss.terms.needs_reference:
+            return loss
+        reference = yield from self.scores(name, pairs, loss)
+        if not loss.terms.is_unpaired:
+            return Loss(loss.terms, loss.options, reference)
+        strangers = mismatched(pairs, self.options.batch_size * self.options.grad_accumulation)
+        found = yield from self.scores(f"{name}: other answers", strangers, loss)
+        return Loss(loss.terms, loss.options, reference, strangers, found.chosen.plain)
+
+
+class HeldOut:
+    """The held-out examples and questions of a run, with what the model said of them at the start."""
+
+    def __init__(self, scorer: Scorer, prepared: Prepared, loss: Loss):
+        """Take the run's loss; its reference's numbers are the training examples' and are not used here."""
+        self.scorer, self.pairs, self.questions = scorer, prepared.valid, prepared.questions
+        self.loss = Loss(loss.terms, loss.options)
+        self.start: Scores | None = None
+
+    def begin(self) -> Iterator[Event]:
+        """Score the held-out examples under the model as it is, which is the reference."""
+        if self.pairs:
+            self.start = yield from self.scorer.scores("Scoring held-out pairs", self.pairs, self.loss)
+            self.loss = yield from self._referring()
+
+    def _referring(self) -> Iterator[Any]:
+        if self.loss.terms.is_unpaired:
+            return (yield from self.scorer.with_reference("Scoring held-out pairs", self.pairs, self.loss))
+        reference = self.start if self.loss.terms.needs_reference else None
+        return Loss(self.loss.terms, self.loss.options, reference)
+
+    def evaluation(self, step: int) -> Iterator[Any]:
+        """Score under the adapter as it is, and return the row of metrics.jsonl; None where nothing is held out."""
+        if self.start is None:
+            return None
+        policy = yield from self.scorer.scores("Evaluating held-out pairs", self.pairs, self.loss)
+        kl = None
+        if self.loss.strangers is not None:
+            found = yield from self.scorer.scores("Evaluating other answers", list(self.loss.strangers), self.loss)
+            kl = self.loss.divergence(found.chosen.plain, list(range(len(self.pairs))))
+        return {"step": step} | evaluated(policy, self.start, self.pairs, self.loss, kl)
+
+    def answers(self, step: int) -> Iterator[Any]:
+        """Answer the questions, and return the row of samples.jsonl; None where there are none.
+
+        `kl` is the mean KL from the base along the answers, in nats a token; `tokens` their mean length.
+        """
+        if not self.questions:
+            return None
+        yield Phase("Answering sample questions", 0, 1)
+        loaded, options = self.scorer.loaded, self.scorer.options
+        loaded.model.eval()
+        prompts = [prompt_ids(loaded.tokenizer, question) for question in self.questions]
+        answers = greedy_answers(loaded, prompts, options.sample_tokens)
+        kl = divergence(loaded.model, self.scorer.cut, prompts, answers, adapters.switched_off)
+        tokens = float(np.mean([len(answer.tokens) for answer in answers]))
+        return {"step": step, "tokens": tokens, "kl": kl, "answers": [answer.text for answer in answers]}
+
+
+class Best:
+    """The best evaluation of a run by one number, and the adapter of that step."""
+
+    def __init__(self, out: Path, options: TrainOptions):
+        """Look for it below the run's checkpoints."""
+        self.folder = out / _BEST
+        self.options = options
+        self.name, self.sign = _MEASURES[options.best_by]
+
+    def row(self, rows: list[Row]) -> Row | None:
+        """The row of the best evaluation so far, the first of equals."""
+        known = [row for row in rows if self.name in row]
+        return max(known, key=lambda row: self.sign * row[self.name], default=None)
+
+    def is_over(self, rows: list[Row]) -> bool:
+        """Whether --patience has run out: so many evaluations after the best one."""
+        if self.options.patience is None or (best := self.row(rows)) is None:
+            return False
+        later = [row for row in rows if self.name in row and row["step"] > best["step"]]
+        return len(later) >= self.options.patience
+
+    def consider(self, rows: list[Row], state: Checkpoint) -> None:
+        """Keep the adapter in `state` where the evaluation just made is the best."""
+        best = self.row(rows)
+        if self.options.keep == "best" and best is not None and best["step"] == state.numbers["steps_done"]:
+            adapter = {name: value for name, value in state.arrays.items() if name.startswith("adapter.")}
+            # A rescue may take steps back, and with them the best one: then an earlier one has to be there still.
+            keep = _MOST_KEPT if self.options.on_displacement == "rescue" else 1
+            checkpoint.save(self.folder, best["step"], Checkpoint(adapter, state.numbers), keep=keep)
+
+    def adapter(self, rows: list[Row]) -> Checkpoint | None:
+        """The best step's adapter; None where the last step's is to be kept, or nothing was evaluated."""
+        best = self.row(rows) if self.options.keep == "best" else None
+        return None if best is None else checkpoint.at(self.folder, best["step"])
+
+    def forget_after(self, step: int) -> None:
+        """Drop what belongs to steps that were taken back."""
+        checkpoint.drop_after(self.folder, step)

@@ -1,0 +1,110 @@
+"""A window's or a data set's log-probabilities as the numbers that are logged, under TRL's names."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_dpo.align.mixture import Mixture
+from mlx_dpo.align.scores import Answers, Scores, having
+from mlx_dpo.data.tokenised import TokenisedPair
+
+_PER_TOKEN = {"chosen_mean", "policy_token_margin"}
+_LEAST_GROWTH = 0.1  # nats a pair
+
+
+class Rewards(NamedTuple):
+    """Rewards and log-probabilities answer by answer, (answers,); a side that is not there is empty."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    logps_chosen: np.ndarray
+    logps_rejected: np.ndarray
+    shift: np.ndarray  # of the chosen answers' log-probability against the reference, nats
+    opening: float | None  # share of the margin that stands in the answers' first five tokens
+    chosen_tokens: int
+    paired: bool
+
+    @property
+    def margins(self) -> np.ndarray:
+        """Chosen over rejected, (pairs,); empty where answers come singly."""
+        return self.chosen - self.rejected if self.paired else self.chosen[:0]
+
+    def means(self) -> dict[str, float]:
+        """The means under TRL's names; `logps/chosen_shift` and `margins/opening_share` are not TRL's."""
+        if not self.chosen.size and not self.rejected.size:
+            return {"logps/chosen": float(self.logps_chosen.mean())}
+        named = {
+            "rewards/chosen": self.chosen,
+            "rewards/rejected": self.rejected,
+            "logps/chosen": self.logps_chosen,
+            "logps/rejected": self.logps_rejected,
+        }
+        result = {name: float(values.mean()) for name, values in named.items() if values.size}
+        if self.paired:
+            result["rewards/accuracies"] = float((self.chosen > self.rejected).mean())
+            result["rewards/margins"] = float(self.margins.mean())
+        elif self.chosen.size and self.rejected.size:
+            result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+        if self.shift.size:
+            result["logps/chosen_shift"] = float(self.shift.mean())
+            result["logps/chosen_shift_per_token"] = float(self.shift.sum() / self.chosen_tokens)
+        if self.opening is not None:
+            result["margins/opening_share"] = self.opening
+        return result
+
+
+def rewards(
+    policy: Scores,
+    reference: Scores | None,
+    pairs: Sequence[TokenisedPair],
+    indices: Sequence[int],
+    mixture: Mixture,
+    beta: float | None,
+) -> Rewards:
+    """The rewards of the examples `indices`; `policy` and `reference` have a place for every example of `pairs`.
+
+    A reward is β times the log-ratio; for objectives without a reference it is β times log p (CPO), or times its mean
+    per token where the objective takes that (SimPO, ORPO). There is none in SFT, where `beta` is None.
+    """
+    up, down = having(pairs, indices, "chosen"), having(pairs, indices, "rejected")
+    here = Scores(policy.chosen.part(up), policy.rejected.part(down))
+    lengths = [np.array([len(pairs[i].chosen) for i in up]), np.array([len(pairs[i].rejected) for i in down])]
+    logps = [here.chosen.logps, here.rejected.logps]
+    if mixture.quantities & _PER_TOKEN:
+        logps = [values / length for values, length in zip(logps, lengths, strict=True)]
+    shift, opening, values = here.chosen.logps[:0], None, logps
+    if reference is not None:
+        there = Scores(reference.chosen.part(up), reference.rejected.part(down))
+        shift = here.chosen.plain - there.chosen.plain
+        opening = opening_share(here, there) if up == down else None
+        if mixture.needs_reference:
+            values = [here.chosen.logps - there.chosen.logps, here.rejected.logps - there.rejected.logps]
+    none = here.chosen.logps[:0]
+    return Rewards(
+        chosen=none if beta is None else beta * values[0],
+        rejected=none if beta is None else beta * values[1],
+        logps_chosen=logps[0],
+        logps_rejected=logps[1],
+        shift=shift,
+        opening=opening,
+        chosen_tokens=int(lengths[0].sum()),
+        paired=up == down and beta is not None,
+    )
+
+
+def opening_share(policy: Scores, reference: Scores) -> float | None:
+    """The share of the margin's growth that the first five tokens of both answers make up.
+
+    None where the margin has hardly grown yet, so that the share would be one of rounding.
+    """
+    whole, first = (_margin(policy, name) - _margin(reference, name) for name in ("plain", "opening"))
+    return float(first / whole) if whole > _LEAST_GROWTH * len(policy.chosen.plain) else None
+
+
+def _margin(scores: Scores, name: str) -> float:
+    return float(np.sum(_values(scores.chosen, name), dtype=np.float64) - np.sum(_values(scores.rejected, name)))
+
+
+def _values(answers: Answers, name: str) -> np.ndarray:
+    return getattr(answers, name)

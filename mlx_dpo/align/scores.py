@@ -1,0 +1,165 @@
+"""Log-probabilities of answers: of a batch within the gradient, and of whole data sets, taken once."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dpo.data.batches import by_length
+from mlx_dpo.data.tokenised import TokenisedPair
+from mlx_dpo.models.scoring import Parts, Rows, row_sums, rows_of, token_logps, token_logps_and_squares
+
+OPENING = 5  # tokens; where a shortcut shows, if one was learnt
+
+
+class Sums(NamedTuple):
+    """How an answer's tokens are summed up.
+
+    `ld_alpha` weighs the tokens beyond the shorter answer of the pair (LD-DPO); `whole` sums over the prompt too;
+    `confidence` takes WPO's weights.
+    """
+
+    ld_alpha: float | None = None
+    whole: bool = False
+    confidence: bool = False
+
+
+class Answers(NamedTuple):
+    """Numbers of answers, (answers,) float32 each: sums of log p over tokens in nats.
+
+    `logps` is weighed by place where LD-DPO asks for it, `plain` never is; `whole` includes the prompt; `opening` has
+    the first five tokens only; `confidence` is WPO's weight. What is not asked for holds 0, or 1 as a weight.
+    """
+
+    logps: Any
+    plain: Any
+    whole: Any
+    opening: Any
+    confidence: Any
+
+    def part(self, wanted: Any) -> "Answers":
+        """The answers that an index or a slice picks."""
+        return Answers(*(values[wanted] for values in self))
+
+
+class Scores(NamedTuple):
+    """The numbers of the chosen answers and of the rejected ones; a side that is not there is empty."""
+
+    chosen: Answers
+    rejected: Answers
+
+
+class Progress(NamedTuple):
+    """How far a pass over the data has come."""
+
+    done: int
+    total: int
+
+
+def having(pairs: Sequence[TokenisedPair], indices: Sequence[int], side: str) -> list[int]:
+    """Those of `indices` whose example has an answer on `side` (chosen, rejected)."""
+    return [i for i in indices if getattr(pairs[i], side)]
+
+
+def pair_rows(pairs: Sequence[TokenisedPair], *, whole: bool = False) -> Rows:
+    """The rows of a batch: all chosen answers, then all rejected ones; with `whole` the chosen prompts count too."""
+    chosen = [(pair.prompt, pair.chosen) for pair in pairs if pair.chosen]
+    if whole:
+        chosen = [(prompt[:1], prompt[1:] + answer) for prompt, answer in chosen]
+    return rows_of(chosen + [(pair.prompt, pair.rejected) for pair in pairs if pair.rejected])
+
+
+def batch_scores(model: nn.Module, cut: Parts | None, pairs: Sequence[TokenisedPair], sums: Sums) -> Scores:
+    """Score a batch, differentiably in `logps`, `plain` and `whole`; `cut` is what `parts(model)` gave."""
+    rows = pair_rows(pairs, whole=sums.whole)
+    if sums.confidence:
+        logps, squares = token_logps_and_squares(model, rows, cut)
+    else:
+        logps, squares = token_logps(model, rows, cut), mx.array(0.0)
+    count = sum(bool(pair.chosen) for pair in pairs)
+    place = rows.ordinals - _skipped(pairs, rows, sums.whole)
+    answer = (place >= 0).astype(mx.float32)
+    plain = row_sums(logps * answer, rows)
+    weighed = plain
+    if sums.ld_alpha is not None:
+        tail = place >= _shared(pairs)[rows.row_of]
+        weighed = row_sums(logps * answer * mx.where(tail, sums.ld_alpha, 1.0), rows)
+    both = Answers(
+        logps=weighed,
+        plain=plain,
+        whole=row_sums(logps, rows) if sums.whole else mx.zeros_like(plain),
+        opening=mx.stop_gradient(row_sums(logps * (answer * (place < OPENING)), rows)),
+        confidence=_confidence(logps - squares, answer, rows) if sums.confidence else mx.ones_like(plain),
+    )
+    return Scores(both.part(slice(0, count)), both.part(slice(count, None)))
+
+
+def _skipped(pairs: Sequence[TokenisedPair], rows: Rows, whole: bool) -> mx.array:
+    """Tokens of each row that come before its answer, for every token of the row."""
+    counts = [len(pair.prompt) - 1 if whole else 0 for pair in pairs if pair.chosen]
+    counts += [0 for pair in pairs if pair.rejected]
+    return mx.array(counts, dtype=mx.int32)[rows.row_of]
+
+
+def _shared(pairs: Sequence[TokenisedPair]) -> mx.array:
+    """The length of each row's pair's shorter answer."""
+    lengths = [min(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    return mx.array(lengths + lengths, dtype=mx.int32)
+
+
+def _confidence(aligned: mx.array, answer: mx.array, rows: Rows) -> mx.array:
+    """WPO's weight of each answer: the geometric mean of p / Σp² over its tokens.
+
+    Zhou et al. 2024, eq. 2 (arXiv:2406.11827), with the aligned weights of its section on weighting, as TRL 1.16.
+    """
+    return mx.stop_gradient(mx.exp(row_sums(aligned * answer, rows) / row_sums(answer, rows)))
+
+
+def scored(
+    model: nn.Module, cut: Parts | None, pairs: Sequence[TokenisedPair], batch_size: int, sums: Sums
+) -> Iterator[Progress | Scores]:
+    """Score all examples, yielding progress after each batch and the Scores, as NumPy arrays, at the end.
+
+    Each side has a place for every example; where an example has no such answer, it holds 0.
+    """
+    found = empty_scores(len(pairs))
+    lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+    done = 0
+    for batch in by_length(lengths, batch_size):
+        scores = batch_scores(model, cut, [pairs[i] for i in batch], sums)
+        mx.eval(scores)
+        put(found, scores, pairs, batch)
+        mx.clear_cache()
+        done += len(batch)
+        yield Progress(done, len(pairs))
+    yield found
+
+
+def empty_scores(count: int) -> Scores:
+    """Places for the numbers of `count` examples."""
+    return Scores(*(Answers(*(np.zeros(count, dtype=np.float32) for _ in Answers._fields)) for _ in Scores._fields))
+
+
+def put(found: Scores, scores: Scores, pairs: Sequence[TokenisedPair], indices: Sequence[int]) -> None:
+    """Write a batch's numbers to the places of its examples."""
+    for side in Scores._fields:
+        places = having(pairs, indices, side)
+        for into, values in zip(getattr(found, side), getattr(scores, side), strict=True):
+            into[places] = np.array(values)
+
+
+def mismatched(pairs: Sequence[TokenisedPair], block: int) -> list[TokenisedPair]:
+    """Each example's prompt with the answer before it, cyclically within blocks of `block` examples in data order.
+
+    KTO estimates the policy's divergence from these, the pairing being that of TRL 1.16.
+    """
+    made = []
+    for start in range(0, len(pairs), block):
+        group = pairs[start : start + block]
+        made += [
+            TokenisedPair(pair.prompt, group[place - 1].chosen or group[place - 1].rejected, [], pair.source)
+            for place, pair in enumerate(group)
+        ]
+    return made

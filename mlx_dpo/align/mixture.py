@@ -14,7 +14,7 @@ from mlx_dpo.align.quantities import NAMES, OF_DIVERGENCE, OF_REFERENCE, Quantit
 from mlx_dpo.refusal import Refusal
 
 _TERM = re.compile(r"(?:(?P<weight>[0-9.eE+-]*[0-9.])\s*\*\s*)?(?P<name>[a-z_]+)")
-_PLUS = re.compile(r"(?<![eE*])\+")
+_PLUS = re.compile(r"(?<![0-9.][eE])\+")  # not that of an exponent
 
 
 class Term(NamedTuple):

@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 SHIFT = 0.05  # nats a token that the chosen answers may lose
 HEALTHY_SHIFT = 0.02  # nats a token that they lose in a run that is still well
-_WINDOW = 3  # steps that a number is averaged over before it is believed
+PROBATION = 3  # steps that a number is averaged over before it is believed
 _LEAST_MARGIN = 2.0  # nats of margin before it is asked where they come from
 _OPENING_SHARE = 0.5  # of the margin in the first five tokens
 _SATURATED, _SURELY = 0.99, 0.8  # held-out accuracy, and the lower end of its interval
@@ -67,7 +67,7 @@ class Monitor:
         self.persisting = self.persisting - found.keys() | wrong.keys()
         return new
 
-    def recent(self, name: str, steps: int = _WINDOW) -> float | None:
+    def recent(self, name: str, steps: int = PROBATION) -> float | None:
         """The mean of a number over the last few steps; None where it is not known."""
         values = [row[name] for row in self.steps[-steps:] if name in row]
         return statistics.fmean(values) if values else None
@@ -80,7 +80,7 @@ class Monitor:
 
 def _displacement(monitor: Monitor) -> str | None:
     shift, margin = monitor.recent("logps/chosen_shift_per_token"), monitor.recent("rewards/margins")
-    if len(monitor.steps) < _WINDOW or shift is None or margin is None or shift >= -SHIFT or margin <= 0:
+    if len(monitor.steps) < PROBATION or shift is None or margin is None or shift >= -SHIFT or margin <= 0:
         return None
     nats = monitor.recent("logps/chosen_shift") or 0.0
     return (
@@ -110,7 +110,7 @@ def _cure(facts: Facts) -> str:
 def _shortcut(monitor: Monitor) -> str | None:
     share, margin = monitor.recent("margins/opening_share"), monitor.recent("rewards/margins")
     beta, tokens = monitor.facts.beta, monitor.facts.chosen_tokens
-    if len(monitor.steps) < _WINDOW or share is None or margin is None or not beta or margin / beta < _LEAST_MARGIN:
+    if len(monitor.steps) < PROBATION or share is None or margin is None or not beta or margin / beta < _LEAST_MARGIN:
         return None
     if share < max(_OPENING_SHARE, 2 * 5 / tokens):  # the opening of short answers is most of them
         return None

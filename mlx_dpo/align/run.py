@@ -12,7 +12,7 @@ from mlx_dpo.align.events import Evaluated, Event, Finished, Interrupted, Note, 
 from mlx_dpo.align.examples import Prepared
 from mlx_dpo.align.held_out import Best, HeldOut, Scorer
 from mlx_dpo.align.loss import Loss
-from mlx_dpo.align.monitor import Facts, Finding, Monitor
+from mlx_dpo.align.monitor import PROBATION, Facts, Finding, Monitor
 from mlx_dpo.align.options import TrainOptions, as_toml
 from mlx_dpo.align.rescue import Rescue
 from mlx_dpo.align.tracking import tracked
@@ -68,7 +68,6 @@ class Run:
                     yield Interrupted(done, record.resume_command(options.out))
                     return
                 if options.save_every and done % options.save_every == 0:
-                    self._mark_healthy(done)
                     self._save()
             yield from self._finish()
 
@@ -126,21 +125,20 @@ class Run:
         facts = Facts(self.options.kl_budget, loss.beta, fmean(answers or [1]), loss.terms.likelihood_weight > 0)
         self.monitor = Monitor(facts)
         self.healthy = 0
-        every = self.options.save_every
         for row in self.metrics.rows:
             if "loss" in row:
                 self.monitor.step(row)
-                if every and row["step"] % every == 0:
-                    self._mark_healthy(row["step"])
+                self._mark_healthy(row["step"])
         evaluations = {row["step"]: row for row in self.metrics.rows if "eval_loss" in row}
         samples = {row["step"]: row for row in self.samples.rows}
         for step in sorted(evaluations.keys() | samples.keys()):
             self.monitor.evaluation(evaluations.get(step, {}), samples.get(step, {}))
 
     def _mark_healthy(self, step: int) -> None:
-        """Where the run is well, let a rescue go back to the checkpoint of this step."""
-        if self.monitor.is_healthy():
-            self.healthy = step
+        """Let a rescue go back to a checkpoint once the steps after it, which saw its adapter, have been well."""
+        saved, every = step - PROBATION, self.options.save_every
+        if every and saved > 0 and saved % every == 0 and self.monitor.is_healthy():
+            self.healthy = saved
 
     def _stepped(self) -> Iterator[Any]:
         """Take a step; returns what was found wrong where a rescue or a stop is called for, None otherwise."""
@@ -152,6 +150,7 @@ class Run:
             self._save()
             raise Refusal(f"{fault} What was learnt until step {self.trainer.steps_done} is saved.") from fault
         serious = yield from self._recorded(numbers, self.monitor.step(numbers))
+        self._mark_healthy(numbers["step"])
         yield Stepped(numbers, self.steps)
         return serious
 
@@ -214,8 +213,10 @@ class Run:
         state = self.trainer.checkpoint()
         state.numbers["origin"] = self.origin
         state.numbers["rescues"] = rescue.as_numbers(self.rescues)
-        pinned = (self.healthy,) if self.options.on_displacement == "rescue" else ()
-        checkpoint.save(self.checkpoints, self.trainer.steps_done, state, self.options.keep_checkpoints, pinned)
+        done, pinned = self.trainer.steps_done, set[int]()
+        if self.options.on_displacement == "rescue":
+            pinned = {self.healthy, *range(done - PROBATION, done)}
+        checkpoint.save(self.checkpoints, done, state, self.options.keep_checkpoints, pinned)
 
     def _finish(self) -> Iterator[Event]:
         """Evaluate, write the report, the adapter and, last, the manifest, which ends a run."""

@@ -1,0 +1,199 @@
+"""From batches to losses: accumulation, sums by place, weights, and what evaluation makes of the same numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import runs
+from mlx.utils import tree_unflatten
+
+from mlx_dpo.align.demands import resolved
+from mlx_dpo.align.evaluation import evaluated
+from mlx_dpo.align.intervals import bootstrap, wilson
+from mlx_dpo.align.loss import Loss
+from mlx_dpo.align.objectives import TERMS
+from mlx_dpo.align.scores import OPENING, Scores, Sums, batch_scores, mismatched, scored
+from mlx_dpo.models.load import load
+from mlx_dpo.models.scoring import parts
+
+Folder = Callable[[str], Path]
+# Large enough steps to matter, β small enough that no loss is flat; two batches of two against one of four.
+LEARNS: dict[str, Any] = {"learning_rate": 2e-3, "max_grad_norm": 0.7}
+LOSSES = [name for name in TERMS if name != "sft"]
+
+
+def taken(folder: Path, steps: int = 2, **options: Any) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    loaded = runs.adapted(folder, seed=6)
+    trainer = runs.trainer(loaded, steps, **(LEARNS | options))
+    return [trainer.step() for _ in range(steps)], runs.weights(loaded)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "0.7*aot+0.3*sigmoid+sft"])
+def test_accumulated_batches_are_one_large_batch(tiny_folder: Folder, loss: str):
+    smoothing = {"label_smoothing": 0.1} if loss in ("exo_pair", "robust", "aot") else {}
+    small, weights = taken(tiny_folder("llama"), loss=loss, batch_size=2, grad_accumulation=2, **smoothing)
+    large, expected = taken(tiny_folder("llama"), loss=loss, batch_size=4, **smoothing)
+    for mine, yours in zip(small, large, strict=True):
+        assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=1e-3)
+        assert mine["logps/chosen"] == pytest.approx(yours["logps/chosen"], rel=1e-5)
+    # Adam moves even a weight whose gradient is all rounding: one in a thousand may end elsewhere.
+    off = np.concatenate([(value - expected[name]).ravel() for name, value in weights.items()])
+    assert np.quantile(np.abs(off), 0.999) < 2e-5
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "0.5*hinge+2*sft"])
+def test_the_gradient_of_a_step_is_that_of_finite_differences(tiny_folder: Folder, loss: str):
+    name, place, width = "model.layers.1.self_attn.v_proj.lora_b", (2, 5), 0.02
+    loaded = runs.adapted(tiny_folder("llama"), targets=("v_proj",), layers=1, seed=2)
+    start = runs.weights(loaded)[name]
+    beta = {"beta": 0.02} if loss in ("sppo_hard", "hinge") else {}
+
+    def step_from(shift: float) -> tuple[float, Any]:
+        moved = start.copy()
+        moved[place] += shift
+        loaded.model.update(tree_unflatten([(name, mx.array(moved))]))
+        trainer = runs.trainer(loaded, loss=loss, learning_rate=1e-30, batch_size=4, max_grad_norm=0.0, **beta)
+        if loss == "kto":  # whose reference point is taken as it is, without a gradient of its own
+            trainer._divergence = lambda window: 0.5
+        return trainer.step()["loss"], trainer
+
+    slope = (step_from(width)[0] - step_from(-width)[0]) / (2 * width)
+    # After one step Adam's first moment is a tenth of the gradient.
+    moment = step_from(0.0)[1].checkpoint().arrays[f"optimizer.{name}.m"]
+    assert 10 * np.array(moment)[place] == pytest.approx(slope, rel=0.03, abs=2e-4)
+
+
+def test_sums_by_place_are_those_of_a_plain_loop(tiny_folder: Folder):
+    loaded = load(tiny_folder("llama"))
+    pairs, cut = runs.pairs(loaded, 4), parts(loaded.model)
+    found = batch_scores(loaded.model, cut, pairs, Sums(ld_alpha=0.3, whole=True, confidence=True))
+    for side in Scores._fields:
+        numbers = getattr(found, side)
+        for place, pair in enumerate(pairs):
+            answer = getattr(pair, side)
+            token = [
+                runs.naive_log_p(loaded.model, pair.prompt + answer[:n], answer[n : n + 1]) for n in range(len(answer))
+            ]
+            shared = min(len(pair.chosen), len(pair.rejected))
+            weighed = sum(token[:shared]) + 0.3 * sum(token[shared:])
+            assert float(numbers.plain[place]) == pytest.approx(sum(token), rel=1e-5)
+            assert float(numbers.logps[place]) == pytest.approx(weighed, rel=1e-5)
+            assert float(numbers.opening[place]) == pytest.approx(sum(token[:OPENING]), rel=1e-5)
+    whole = [runs.naive_log_p(loaded.model, pair.prompt[:1], pair.prompt[1:] + pair.chosen) for pair in pairs]
+    assert np.array(found.chosen.whole) == pytest.approx(np.array(whole), rel=1e-5)
+
+
+def test_confidence_is_the_mean_odds_against_the_expected_probability(tiny_folder: Folder):
+    loaded = load(tiny_folder("llama"))
+    pairs, cut = runs.pairs(loaded, 3), parts(loaded.model)
+    found = batch_scores(loaded.model, cut, pairs, Sums(confidence=True))
+    pair = pairs[1]
+    logits = np.array(loaded.model(mx.array([pair.prompt + pair.rejected])))[0].astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p = (p / p.sum(-1, keepdims=True))[len(pair.prompt) - 1 : -1]
+    picked = p[np.arange(len(pair.rejected)), pair.rejected]
+    expected = np.exp(np.mean(np.log(picked) - np.log((p**2).sum(-1))))
+    assert float(found.rejected.confidence[1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_batch_or_a_data_set_gives_the_same_numbers(tiny_folder: Folder):
+    loaded = load(tiny_folder("llama"))
+    pairs, cut, sums = runs.pairs(loaded), parts(loaded.model), Sums(ld_alpha=0.5, whole=True)
+    *_, data_set = scored(loaded.model, cut, pairs, 3, sums)
+    together = batch_scores(loaded.model, cut, pairs, sums)
+    assert isinstance(data_set, Scores)
+    for side in Scores._fields:
+        for mine, yours in zip(getattr(data_set, side), getattr(together, side), strict=True):
+            assert mine == pytest.approx(np.array(yours), rel=1e-5, abs=1e-5)
+
+
+def test_singles_give_the_numbers_of_their_pairs(tiny_folder: Folder):
+    loaded = load(tiny_folder("llama"))
+    pairs, cut = runs.pairs(loaded, 4), parts(loaded.model)
+    paired = batch_scores(loaded.model, cut, pairs, Sums())
+    *_, single = scored(loaded.model, cut, runs.singles(pairs), 3, Sums())
+    assert isinstance(single, Scores)
+    assert single.chosen.logps[::2] == pytest.approx(np.array(paired.chosen.logps), rel=1e-5)
+    assert single.rejected.logps[1::2] == pytest.approx(np.array(paired.rejected.logps), rel=1e-5)
+    assert not single.chosen.logps[1::2].any()
+
+
+def test_strangers_pair_each_prompt_with_the_answer_before_it_in_its_block(tiny_folder: Folder):
+    singles = runs.singles(runs.pairs(load(tiny_folder("llama")), 3))
+    found = mismatched(singles, block=4)
+    answers = [single.chosen or single.rejected for single in singles]
+    assert [pair.prompt for pair in found] == [single.prompt for single in singles]
+    assert [pair.chosen for pair in found] == [answers[place] for place in (3, 0, 1, 2, 5, 4)]
+
+
+def test_the_point_of_reference_is_the_mean_ratio_of_strangers_and_never_negative(tiny_folder: Folder):
+    loaded = runs.adapted(tiny_folder("llama"), seed=3)
+    trainer = runs.trainer(loaded, loss="kto", learning_rate=1e-30)
+    assert trainer.loss.strangers is not None
+    assert trainer.loss.strangers_reference is not None
+    policy = [runs.naive_log_p(loaded.model, pair.prompt, pair.chosen) for pair in trainer.loss.strangers[:4]]
+    expected = float(np.mean(np.array(policy) - trainer.loss.strangers_reference[:4]))
+    assert trainer.step()["kl"] == pytest.approx(max(0.0, expected), rel=1e-3, abs=1e-3)
+    assert trainer.loss.divergence(trainer.loss.strangers_reference[[0, 1]] - 3, [0, 1]) == 0.0
+
+
+@pytest.mark.parametrize("loss", ["sigmoid+sft", "orpo", "kto", "aot"])
+def test_evaluation_is_the_loss_of_all_pairs_at_once(tiny_folder: Folder, loss: str):
+    loaded = runs.adapted(tiny_folder("llama"), seed=6)
+    trainer = runs.trainer(loaded, loss=loss, batch_size=16, learning_rate=1e-30)
+    *_, policy = scored(loaded.model, parts(loaded.model), trainer.pairs, 3, trainer.loss.sums)
+    assert isinstance(policy, Scores)
+    start = trainer.loss.reference or policy
+    kl = trainer._divergence(trainer.loss.window(trainer.pairs, list(range(len(trainer.pairs)))))
+    found = evaluated(policy, start, trainer.pairs, trainer.loss, kl)
+    row = trainer.step()
+    assert found["eval_loss"] == pytest.approx(row["loss"], rel=1e-4)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"):
+        assert found[f"eval_{name}"] == pytest.approx(row[name], rel=1e-3, abs=1e-3)
+    if loss in ("sigmoid+sft", "orpo"):
+        assert found["eval_loss_low"] <= found["eval_loss"] <= found["eval_loss_high"]
+    if loss != "kto":
+        assert found["eval_rewards/accuracies"] == row["rewards/accuracies"]
+        better = [
+            policy.chosen.plain[i] / len(pair.chosen) > policy.rejected.plain[i] / len(pair.rejected)
+            for i, pair in enumerate(trainer.pairs)
+        ]
+        assert found["eval_logps/preferred_per_token"] == np.mean(better)
+
+
+def test_losses_without_a_reference_score_no_reference(tiny_folder: Folder, tmp_path: Path):
+    data = runs.write_pairs(tmp_path / "pairs.jsonl")
+    for loss, phases in (("simpo", 0), ("orpo", 0), ("cpo", 0), ("sigmoid", 1)):
+        events = runs.run(runs.options(tiny_folder("llama"), data, tmp_path / loss, loss=loss, steps=1))
+        names = {getattr(event, "name", None) for event in events}
+        assert ("Scoring the reference" in names) == bool(phases), loss
+    chosen = resolved(runs.options(tiny_folder("llama"), data, tmp_path, loss="simpo"))
+    assert Loss.of(chosen).reference is None
+
+
+def test_wilson_by_hand():
+    # With z = 1.96 (1.959964): z² = 3.841459. 8 of 10: (0.8 + 0.192073 ± 1.959964·√(0.016 + 0.00960365)) / 1.3841459
+    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    # 20 of 20: the lower end is 20 / (20 + z²).
+    assert wilson(20, 20) == pytest.approx((20 / 23.841459, 1.0), abs=1e-6)
+    assert wilson(0, 20) == pytest.approx((0.0, 3.841459 / 23.841459), abs=1e-6)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_wilson_is_symmetric_and_narrows():
+    low, high = wilson(7, 31)
+    assert wilson(24, 31) == pytest.approx((1 - high, 1 - low))
+    spans = [high - low for low, high in (wilson(n // 2, n) for n in (2, 10, 50, 1000))]
+    assert spans == sorted(spans, reverse=True)
+
+
+def test_the_bootstrap_of_a_mean_is_close_to_the_normal_interval():
+    values = np.random.default_rng(3).normal(2.0, 1.5, 400)
+    low, high = bootstrap(lambda drawn: values[drawn].mean(axis=1), len(values))
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+    assert bootstrap(lambda drawn: values[drawn].mean(axis=1), len(values)) == (low, high)

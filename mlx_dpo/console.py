@@ -134,28 +134,28 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def step_in_words(numbers: dict[str, float]) -> str:
+def step_in_words(numbers: dict[str, Any]) -> str:
     """A step's numbers in a line."""
     words = [f"loss {numbers['loss']:.4f}"]
+    if "rewards/accuracies" in numbers:
+        words.append(f"accuracy {numbers['rewards/accuracies']:.0%}")
     if "rewards/margins" in numbers:
-        words += [
-            f"accuracy {numbers['rewards/accuracies']:.0%}",
-            f"margin {numbers['rewards/margins']:+.3f}",
-        ]
+        words.append(f"margin {numbers['rewards/margins']:+.3f}")
+    if "logps/chosen_shift" in numbers:
+        words.append(f"chosen {numbers['logps/chosen_shift']:+.1f} nats")
     words += [f"{numbers['tokens_per_second']:.0f} tokens/s", f"{numbers['peak_memory_gb']:.1f} GB"]
     return ", ".join(words)
 
 
 def evaluation_in_words(numbers: dict[str, Any]) -> str:
     """Held-out numbers in a line."""
-    if "eval_rewards/accuracies" not in numbers:
-        return f"held out: loss {numbers['eval_loss']:.4f}"
-    return (
-        f"held out: loss {numbers['eval_loss']:.4f}, accuracy {numbers['eval_rewards/accuracies']:.0%} "
-        f"(95% interval {numbers['eval_rewards/accuracies_low']:.0%} to "
-        f"{numbers['eval_rewards/accuracies_high']:.0%}), log p of chosen "
-        f"{numbers['eval_logps/chosen'] - numbers['eval_logps/chosen_reference']:+.1f} nats"
-    )
+    words = [f"held out: loss {numbers['eval_loss']:.4f}"]
+    if "eval_rewards/accuracies" in numbers:
+        low, high = numbers["eval_rewards/accuracies_low"], numbers["eval_rewards/accuracies_high"]
+        words.append(f"accuracy {numbers['eval_rewards/accuracies']:.0%} (95% interval {low:.0%} to {high:.0%})")
+    if "eval_logps/chosen_shift" in numbers:
+        words.append(f"log p of chosen {numbers['eval_logps/chosen_shift']:+.1f} nats")
+    return ", ".join(words)
 
 
 def fail(sentence: str) -> None:

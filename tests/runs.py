@@ -53,7 +53,14 @@ def run(chosen: TrainOptions, stop_after: int | None = None) -> list[Event]:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what the clock and the memory say."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(out)]
+    return [_without_times(row) for row in read_metrics(out)]
+
+
+def _without_times(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in row.items() if key not in TIMES}
+    if "abandoned" in kept:
+        kept["abandoned"] = [_without_times(abandoned) for abandoned in kept["abandoned"]]
+    return kept
 
 
 def adapter_bytes(out: Path) -> bytes:
@@ -67,11 +74,18 @@ def pairs(loaded: Loaded, count: int = len(parity.PAIRS)) -> list[TokenisedPair]
     return tokenise([item for item in made if not isinstance(item, list)], loaded.tokenizer, None).items
 
 
-def adapted(folder: Path, *, targets: Sequence[str] = (), layers: int | None = None, seed: int | None = None) -> Loaded:
+def adapted(
+    folder: Path,
+    *,
+    targets: Sequence[str] = (),
+    layers: int | None = None,
+    seed: int | None = None,
+    kind: adapters.Kind = "lora",
+) -> Loaded:
     """A loaded model with an adapter of rank 4; its B is random where a seed is given, zero otherwise."""
     loaded = load(folder)
     keys = adapters.chosen_keys(loaded.model, targets)
-    attach(loaded, adapters.AdapterShape(4, 2.0, 0.0, keys, layers or len(blocks(loaded.model))), seed)
+    attach(loaded, adapters.AdapterShape(4, 2.0, 0.0, keys, layers or len(blocks(loaded.model)), kind), seed)
     return loaded
 
 
@@ -110,8 +124,8 @@ def referring(loaded: Loaded, items: Sequence[TokenisedPair], loss: Loss, block:
 
 
 def singles(items: Sequence[TokenisedPair]) -> list[TokenisedPair]:
-    """Each pair as a thumb up and a thumb down."""
-    return [single for pair in items for single in (pair._replace(rejected=[]), pair._replace(chosen=[]))]
+    """All pairs' thumbs up, then all their thumbs down."""
+    return [pair._replace(rejected=[]) for pair in items] + [pair._replace(chosen=[]) for pair in items]
 
 
 def trainer(loaded: Loaded, steps: int = 3, count: int = len(parity.PAIRS), **more: Any) -> Trainer:

@@ -87,13 +87,13 @@ def test_among_pairs_a_pair_with_other_columns_stays_a_pair():
 def test_a_pair_is_parted_into_its_chosen_and_its_rejected():
     pair = example(PAIR, "here", kind="thumbs")
     assert isinstance(pair, Example)
-    up, down = thumbs(pair)
+    up, down = thumbs([pair])
     assert (up, down) == (Example((USER,), "Stay.", None, "here"), Example((USER,), None, "Go.", "here"))
-    assert (thumbs(up), thumbs(down)) == ([up], [down])
+    assert thumbs([down, up]) == [down, up]
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_a_file_may_hold_thumbs_and_pairs_and_keeps_their_order(tmp_path: Path, suffix: str):
+def test_a_file_may_hold_thumbs_and_pairs_whose_rejected_answers_come_last(tmp_path: Path, suffix: str):
     rows = [
         GOOD | {"label": False},
         PAIR | {"chosen": "A", "rejected": "B", "system": "Be kind."},
@@ -104,14 +104,14 @@ def test_a_file_may_hold_thumbs_and_pairs_and_keeps_their_order(tmp_path: Path, 
     assert [(item.chosen, item.rejected) for item in train] == [
         (None, "Stay."),
         ("A", None),
-        (None, "B"),
         ("C", None),
         ("D", None),
+        (None, "B"),
         (None, "E"),
     ]
-    assert [len(item.prompt) for item in train] == [1, 2, 2, 1, 1, 1]
+    assert [len(item.prompt) for item in train] == [1, 2, 1, 1, 2, 1]
     first = 2 if suffix == "csv" else 1
-    assert [int(item.source.split()[-1]) - first for item in train] == [0, 1, 1, 2, 3, 3]
+    assert [int(item.source.split()[-1]) - first for item in train] == [0, 1, 2, 3, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def pair_of(row: dict[str, Any]) -> Example:
 
 def test_the_tokens_of_a_pair_are_those_of_its_two_thumbs(tokenizer: TokenizerWrapper):
     (pair,) = tokenise([pair_of(LONG)], tokenizer, None).items
-    up, down = tokenise(thumbs(pair_of(LONG)), tokenizer, None).items
+    up, down = tokenise(thumbs([pair_of(LONG)]), tokenizer, None).items
     assert up == pair._replace(rejected=[])
     assert down == pair._replace(chosen=[])
 
@@ -200,7 +200,7 @@ def test_the_tokens_of_a_pair_are_those_of_its_two_thumbs(tokenizer: TokenizerWr
 def test_each_thumb_is_cut_by_itself(tokenizer: TokenizerWrapper, spare: int):
     (pair,) = tokenise([pair_of(LONG)], tokenizer, None).items
     limit = len(pair.prompt) + len(pair.rejected) - spare
-    (up, down), cut = tokenise(thumbs(pair_of(LONG)), tokenizer, limit)
+    (up, down), cut = tokenise(thumbs([pair_of(LONG)]), tokenizer, limit)
     shorter = len(pair.rejected) - len(pair.chosen)
     lost = [max(0, spare - shorter), spare]
     assert [len(pair.prompt) - len(item.prompt) for item in (up, down)] == lost
@@ -210,9 +210,9 @@ def test_each_thumb_is_cut_by_itself(tokenizer: TokenizerWrapper, spare: int):
 
 
 def test_a_thumb_down_loses_its_end_where_the_prompt_has_nothing_left(tokenizer: TokenizerWrapper):
-    down = thumbs(pair_of(LONG))[1]
+    down = thumbs([pair_of(LONG)])[1]
     (whole,) = tokenise([down], tokenizer, None).items
-    (bare,) = tokenise(thumbs(pair_of(LONG | {"prompt": "§"}))[1:], tokenizer, None).items
+    (bare,) = tokenise(thumbs([pair_of(LONG | {"prompt": "§"})])[1:], tokenizer, None).items
     frame = len(bare.prompt) - len(tokenizer.encode("§", add_special_tokens=False))
     (item,), cut = tokenise([down], tokenizer, frame + 5)
     assert (len(item.prompt), item.chosen, item.rejected) == (frame, [], whole.rejected[:5])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _WIDTH, _HEIGHT = 460, 272
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 54, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 56, 48
 _MOST_DOTS = 40  # a line of more points is drawn without them
 _COLOURS = 4
 _LETTER = 6.6  # width of a letter of the legend, as wide fonts have it
@@ -15,12 +15,13 @@ _SAME = 1e-4  # values that differ by less, of their size, are drawn as equal: t
 STYLE = """
 :root{--s0:#2a6f97;--s1:#b5533c;--s2:#5b7f3a;--s3:#7a5a9e}
 @media(prefers-color-scheme:dark){:root{--s0:#6cb6dd;--s1:#eb9679;--s2:#a3c77d;--s3:#bfa3e0}}
-svg .title{font:600 14px system-ui,sans-serif;fill:var(--ink)}svg .tick{font:11.5px system-ui,sans-serif;fill:var(--soft)}
+svg .title{font:600 14px system-ui,sans-serif;fill:var(--ink)}
+svg .tick{font:11.5px system-ui,sans-serif;fill:var(--soft)}
 svg .grid{stroke:var(--line)}svg .zero{stroke:var(--soft);stroke-opacity:.6}
 svg .s0{--own:var(--s0)}svg .s1{--own:var(--s1)}svg .s2{--own:var(--s2)}svg .s3{--own:var(--s3)}
 svg polyline{fill:none;stroke:var(--own,var(--soft));stroke-width:1.8;stroke-linejoin:round}
-svg .dot{fill:var(--own)}svg .whisker{stroke:var(--own);stroke-width:2;stroke-opacity:.45}
-svg .back{stroke-width:1.4;stroke-dasharray:5 3;stroke-opacity:.55}svg .dot.back{fill-opacity:.55}
+svg .dot{fill:var(--own)}svg .whisker{stroke:var(--own);stroke-width:2;stroke-opacity:.55}
+svg .back{stroke-width:1.4;stroke-dasharray:5 3;stroke-opacity:.7}svg .dot.back{fill-opacity:.7}
 svg .mark{stroke:var(--ink);stroke-width:1.2;stroke-dasharray:2 3;stroke-opacity:.75}
 """
 
@@ -145,19 +146,19 @@ def _upright(x: float, y1: float, y2: float, kind: str = "mark") -> str:
 
 
 def _legend(drawn: Sequence[tuple[int, Series]], rescued: bool) -> Iterator[str]:
-    """What each line is, below the axis; nothing where there is one alone."""
+    """What each line is, below the axis; nothing where the first is alone."""
     x, y = 14.0, _HEIGHT - 15
-    entries = [(f"s{colour}", line.name, f'<circle class="dot" cx="0" cy="0" r="4"/>') for colour, line in drawn]
+    entries = [(f"s{colour}", line.name, '<circle class="dot" cx="0" cy="0" r="4"/>') for colour, line in drawn]
     if any(line.taken_back for _, line in drawn):
         entries.append(("sample", "taken back", '<polyline class="back" points="-7,0 7,0"/>'))
     if rescued:
         entries.append(("sample", "rescue", '<line class="mark" x1="0" x2="0" y1="-6" y2="6"/>'))
-    if len(entries) == 1:
+    if len(entries) == 1 and drawn[0][0] == 0:
         return
     for kind, name, sample in entries:
         yield f'<g class="{kind}" transform="translate({x + 6:.0f} {y})">{sample}'
         yield f'<text class="tick" x="12" y="4">{html.escape(name)}</text></g>'
-        x += 34 + _LETTER * len(name)
+        x += 38 + _LETTER * len(name)
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

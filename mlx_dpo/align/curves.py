@@ -65,7 +65,7 @@ def _of_preferences(options: TrainOptions, run: _Run) -> Iterator[Curve]:
     yield Curve("Rewards", run.sides("rewards"), reward, (0,))
     yield Curve("Margin", run.both("rewards/margins"), "reward of chosen − rejected", (0,))
     opening = run.both("margins/opening_share")
-    yield Curve("Share of the margin in the first five tokens", opening, "1: all of it", (0, 1))
+    yield Curve("Share of the margin in the first five tokens", opening, "1 means all of it", (0, 1))
     strangers = [run.line("training", "kl"), run.line("held out", "eval_kl_of_strangers")]
     yield Curve("KL that KTO measures rewards from", strangers, "nats an answer", (0,))
 
@@ -76,7 +76,8 @@ def _of_answers(options: TrainOptions, run: _Run) -> Iterator[Curve]:
     shift = run.both("logps/chosen_shift")
     yield Curve("Chosen answers against the start", shift, "change of log-probability, nats", (0,))
     yield Curve("KL from the base along sampled answers", run.sampled("kl"), "nats a token", (0,))
-    yield Curve("Length of sampled answers", run.sampled("tokens"), "tokens on average", (0,))
+    tokens = f"tokens on average, cut off at {options.sample_tokens}"
+    yield Curve("Length of sampled answers", run.sampled("tokens"), tokens, (0,))
 
 
 def _of_the_machine(run: _Run) -> Iterator[Curve]:

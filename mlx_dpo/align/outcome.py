@@ -73,10 +73,10 @@ def chosen_shift(row: Row) -> float | None:
 def _in_words(options: TrainOptions, row: Row) -> str:
     accuracy, shift, count = row.get("eval_rewards/accuracies"), chosen_shift(row), row.get("eval_pairs", 0)
     what = "pairs" if accuracy is not None else "answers"
-    words = f"Weighed on {count} held-out {what}, which were not trained on."
+    words = f"The numbers are of {count} held-out {what}, which were not trained on."
     if accuracy is not None:
         than = " more than it did before training" if loss_of(options).needs_reference else " to the rejected one"
-        words += f" The model prefers the chosen answer{than} in <b>{accuracy:.0%}</b> of them."
+        words += f" In <b>{accuracy:.0%}</b> of them the model prefers the chosen answer{than}."
     if shift is not None:
         words += (
             f" The log-probability of the chosen answers {'rose' if shift >= 0 else 'fell'} by {abs(shift):.1f} nats "
@@ -124,7 +124,7 @@ def _measures(options: TrainOptions, row: Row) -> Iterator[_Measure]:
             _shift,
             0.0,
         ),
-        _Measure("Loss", "What training minimises; lower is better.", "{:.4f}".format, _logged("eval_loss")),
+        _Measure("Loss", "What training minimises; lower is better.", "{:.3f}".format, _logged("eval_loss")),
     ]
     return (measure for measure in every if measure.at(row) is not None)
 

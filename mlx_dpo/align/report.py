@@ -13,7 +13,8 @@ from mlx_dpo.storage import write_whole
 
 REPORT = "report.html"
 _STYLE = """
-:root{color-scheme:light dark;--ink:#22303a;--soft:#5d6b75;--paper:#fbfaf7;--card:#fff;--line:#dcd8cf;--warn:#c07a14;--mend:#3d7f5f}
+:root{color-scheme:light dark}
+:root{--ink:#22303a;--soft:#5d6b75;--paper:#fbfaf7;--card:#fff;--line:#dcd8cf;--warn:#c07a14;--mend:#3d7f5f}
 @media(prefers-color-scheme:dark){:root{--ink:#e7e3da;--soft:#a9b2b8;--paper:#1b1f22;--card:#24292d;--line:#3a4146;--warn:#e0a040;--mend:#74c09b}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:0 auto;
 padding:24px;overflow-wrap:anywhere}
@@ -30,10 +31,7 @@ ul.found{list-style:none;padding:0}ul.found li{border-left:4px solid var(--warn)
 ul.found li.rescue{border-color:var(--mend)}ul.found li.back{border-left-style:dashed}
 details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}details .pair{margin-top:10px}
 """
-_CAPTION = (
-    "Dots with an upright bar are evaluations on held-out examples; the bar is the 95% interval. The charts share "
-    "their steps."
-)
+_CAPTION = "Dots with an upright bar are evaluations on held-out examples; the bar is the 95% interval."
 _RESCUED = (
     " A dotted upright line marks the step that a rescue went back to, a paler dashed line the steps that it took "
     "back. A rescue may change the training loss, which then is not to be compared across it; the held-out loss stays "
@@ -102,11 +100,11 @@ def page(
 
 def _lead(options: TrainOptions, rows: Sequence[Row], kept: int, planned: int | None) -> Iterator[str]:
     steps = history.steps(rows)
-    method = options.method if options.method == "sft" else f"{options.method} ({options.loss})"
+    way = "answers or text alone (SFT)" if options.method == "sft" else f"preferences (DPO, loss {options.loss})"
     tokens = steps[-1]["num_tokens"] if steps else 0
     yield (
-        f"{method} of {options.model.name} on {options.data.name}: {_count(len(steps), 'step')}, {tokens:,} tokens, "
-        f"{_minutes(steps)} minutes of training."
+        f"{options.model.name}, learning from {way} in {options.data.name}: {_count(len(steps), 'step')}, {tokens:,} "
+        f"tokens, {_minutes(steps)} minutes of training."
     )
     again = [row for attempt in history.attempts(rows) for row in history.steps(attempt)]
     if again:

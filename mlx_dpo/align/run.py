@@ -240,7 +240,7 @@ class Run:
             "scores": {n: v for n, v in evaluation.items() if n.startswith("eval_") and isinstance(v, int | float)},
         }
         samples = self._samples(kept)
-        report.write(out, report.page(self.options, rows, samples, facts))
+        report.write(out, report.page(self.options, rows, samples, facts, self.samples.rows, self.steps))
         weights = adapters.adapter_weights(self.loaded.model)
         adapters.save_adapter(out, weights, self.shape, str(self.options.model))
         record.write_manifest(out, facts)

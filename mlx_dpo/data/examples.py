@@ -1,7 +1,7 @@
 """One row of data, from whatever shape it was written in."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from mlx_dpo.data.templates import Message
@@ -75,10 +75,13 @@ def example(row: object, source: str, *, kind: Kind) -> Example | list[str]:
     return reasons or Example(whole, chosen, rejected, source)
 
 
-def thumbs(item: Example) -> list[Example]:
-    """An example for each of its answers: the chosen one, then the rejected one."""
-    parted = [item._replace(rejected=None), item._replace(chosen=None)]
-    return [part for part in parted if (part.chosen, part.rejected) != (None, None)]
+def thumbs(items: Sequence[Example]) -> list[Example]:
+    """Single answers: each pair's chosen one in its place, and all pairs' rejected ones at the end.
+
+    The order is that in which TRL 1.16 parts pairs. Neighbours then answer different prompts, as KTO needs them.
+    """
+    ups = [item if item.chosen is None else item._replace(rejected=None) for item in items]
+    return ups + [item._replace(chosen=None) for item in items if item.chosen is not None and item.rejected is not None]
 
 
 def missing_columns(columns: Iterable[str], *, kind: Kind) -> str | None:

@@ -27,7 +27,7 @@ class Splits(NamedTuple):
 def read(path: Path, *, kind: Kind) -> Splits:
     """Read a .jsonl, .json, .csv or .parquet file as train, or a folder of train.*, valid.* and test.* files.
 
-    A pair that is read for thumbs gives two examples, its chosen answer directly before its rejected one. Raises
+    A pair that is read for thumbs gives two examples, its rejected answer behind all others. Raises
     Refusal with every bad row of every file in one go, by file, line (or row) and reason.
     """
     files = _files(path)
@@ -92,10 +92,10 @@ def _examples(file: Path, kind: Kind) -> tuple[list[Example], list[Problem]]:
     for where, value in found:
         made = example(value, where, kind=kind)
         if isinstance(made, Example):
-            good += thumbs(made) if kind == "thumbs" else [made]
+            good.append(made)
         else:
             problems.append(Problem(where, "; ".join(made)))
-    return good, sorted(problems, key=_place)
+    return thumbs(good) if kind == "thumbs" else good, sorted(problems, key=_place)
 
 
 def _place(problem: Problem) -> int:

@@ -1,58 +1,90 @@
-"""Train the parity runs with TRL and write what it logs to trl.json: `python tests/goldens/make_trl.py`."""
+"""Train DPOTrainer's parity runs and write what TRL logs to trl.json.
+
+Run with the reference extra installed: PYTHONPATH=tests python tests/goldens/make_trl.py
+"""
 
 import json
-import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import mlx_dpo  # noqa: F401  (loads the BLAS before MLX)
 
-import mlx_dpo  # noqa: F401, I001
-import mlx.core as mx
-import parity
+import mlx.core as mx  # isort: skip
+import parity  # isort: skip
 
 
-def trl_rows(folder: Path, run: str) -> list[dict[str, float]]:
+def trl_rows(folder: Path, name: str) -> list[dict[str, float]]:
     """What TRL's DPOTrainer logs at each step of a parity run whose files are in `folder`."""
-    import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    class InOrder(DPOTrainer):
-        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset)
-
-    steps, batch, accumulation, (losses, weights), _ = parity.RUNS[run]
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    shape = LoraConfig(
-        r=parity.SHAPE["rank"], lora_alpha=parity.SHAPE["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, shape)
-    _take_adapter(model, folder / "adapter" / "adapters.safetensors")
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": pair["prompt"]}],
-            "chosen": [{"role": "assistant", "content": pair["chosen"]}],
-            "rejected": [{"role": "assistant", "content": pair["rejected"]}],
-        }
+    run = parity.RUNS[name]
+    turns = [
+        {"prompt": [{"role": "user", "content": pair["prompt"]}]}
+        | {answer: [{"role": "assistant", "content": pair[answer]}] for answer in ("chosen", "rejected")}
         for pair in parity.PAIRS
     ]
-    settings = DPOConfig(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation, beta=parity.BETA, learning_rate=parity.RATE,
-        lr_scheduler_type="linear", warmup_steps=0, max_grad_norm=parity.CLIP, weight_decay=0.0, logging_steps=1,
-        loss_type=losses, loss_weights=weights, max_length=None, bf16=False, use_cpu=True, report_to=[],
-        gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, seed=0,
-    )  # fmt: skip
+    settings = settings_of(run, folder, DPOConfig, max_length=None)
+    return logged(folder, run, DPOTrainer, settings, Dataset.from_list(turns))
+
+
+def settings_of(run: parity.Run, folder: Path, config: Any, **more: Any) -> Any:
+    """The config of one of TRL's trainers for a parity run: in order, in float32, on the CPU, without a sound."""
+    common = {
+        "max_steps": run.steps, "per_device_train_batch_size": run.batch, "beta": run.beta,
+        "gradient_accumulation_steps": run.accumulation, "learning_rate": run.rate, "lr_scheduler_type": "linear",
+        "warmup_steps": 0, "max_grad_norm": parity.CLIP, "weight_decay": 0.0, "seed": 0,
+    }  # fmt: skip
+    silent = {
+        "output_dir": str(folder / "trl"), "logging_steps": 1, "report_to": [], "save_strategy": "no",
+        "disable_tqdm": True, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    return config(**(common | silent | more | run.theirs))
+
+
+def logged(folder: Path, run: parity.Run, trainer: Any, settings: Any, rows: Any) -> list[dict[str, float]]:
+    """What one of TRL's trainers logs at each step, from the start adapter in `folder`."""
+    import datasets
+    import torch
+    from transformers import AutoTokenizer, PrinterCallback
+
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)  # at this size a second one only waits, for long where the machine has other work
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    trainer = InOrder(model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.train()
-    return [{key: row[key] for key in parity.KEYS} for row in trainer.state.log_history if "loss" in row]
+    running = trainer(model=_policy(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
+    running.remove_callback(PrinterCallback)
+    running.train()
+    return [{key: row[key] for key in run.keys} for row in running.state.log_history if "loss" in row]
+
+
+def write_golden(path: Path, rows: Any, names: list[str]) -> None:
+    """Write what `rows(folder, name)` gives for each run, one line a step, to nine significant digits."""
+    made_with = {package: metadata.version(package) for package in ("trl", "torch", "peft", "transformers")}
+    parts = [f' "made_with": {json.dumps(made_with)}']
+    with tempfile.TemporaryDirectory() as folder:
+        parity.write(Path(folder))
+        for name in names:
+            steps = [{key: float(f"{value:.9g}") for key, value in row.items()} for row in rows(Path(folder), name)]
+            parts.append(f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(step)}" for step in steps) + "\n ]")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _policy(folder: Path) -> Any:
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    rank, alpha = parity.SHAPE["rank"], parity.SHAPE["alpha"]
+    shape = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, shape)
+    _take_adapter(model, folder / "adapter" / "adapters.safetensors")
+    return model
 
 
 def _take_adapter(model: Any, path: Path) -> None:
@@ -71,9 +103,5 @@ def _take_adapter(model: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    golden: dict[str, Any] = {"made_with": {n: metadata.version(n) for n in ("trl", "torch", "peft", "transformers")}}
-    for name in parity.RUNS:
-        with tempfile.TemporaryDirectory() as folder:
-            parity.write(Path(folder))
-            golden[name] = trl_rows(Path(folder), name)
-    Path(__file__).with_name("trl.json").write_text(json.dumps(golden, indent=1) + "\n")
+    here = Path(__file__).with_name("trl.json")
+    write_golden(here, trl_rows, [name for name, run in parity.RUNS.items() if run.trainer == "DPO"])

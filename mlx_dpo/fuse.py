@@ -138,7 +138,9 @@ def _preference_run(adapter: Path) -> dict[str, Any] | None:
     if not (adapter / record.RUN).exists():
         return None
     options = record.read_options(adapter)
-    usable = options.get("method") == "dpo" and {"data", "holdout", "seed"} <= options.keys()
+    options |= options.get("stage", [{}])[-1]
+    pairs = options.get("method") == "dpo" and "kto" not in options.get("loss", "")
+    usable = pairs and {"data", "holdout", "seed"} <= options.keys()
     return options if usable and Path(options["data"]).exists() else None
 
 

@@ -33,7 +33,7 @@ def taken(folder: Path, steps: int = 2, **options: Any) -> tuple[list[dict[str, 
 
 @pytest.mark.parametrize("loss", [*LOSSES, "0.7*aot+0.3*sigmoid+sft"])
 def test_accumulated_batches_are_one_large_batch(tiny_folder: Folder, loss: str):
-    smoothing = {"label_smoothing": 0.1} if loss in ("exo_pair", "robust", "aot") else {}
+    smoothing: dict[str, Any] = {"label_smoothing": 0.1} if loss in ("exo_pair", "robust", "aot") else {}
     small, weights = taken(tiny_folder("llama"), loss=loss, batch_size=2, grad_accumulation=2, **smoothing)
     large, expected = taken(tiny_folder("llama"), loss=loss, batch_size=4, **smoothing)
     for mine, yours in zip(small, large, strict=True):
@@ -50,7 +50,7 @@ def test_the_gradient_of_a_step_is_that_of_finite_differences(tiny_folder: Folde
     name, place, width = "model.layers.1.self_attn.v_proj.lora_b", (2, 5), 0.02
     loaded = runs.adapted(tiny_folder("llama"), targets=("v_proj",), layers=1, seed=2)
     start = runs.weights(loaded)[name]
-    beta = {"beta": 0.02} if loss in ("sppo_hard", "hinge") else {}
+    beta: dict[str, Any] = {"beta": 0.02} if loss in ("sppo_hard", "hinge") else {}
 
     def step_from(shift: float) -> tuple[float, Any]:
         moved = start.copy()

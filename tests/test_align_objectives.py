@@ -129,7 +129,7 @@ def test_likelihoods_are_minus_log_p():
 
 @pytest.mark.parametrize("name", ["sigmoid", "aot", "aot_unpaired", "cpo", "robust"])
 def test_no_margin_costs_ln_2_whatever_beta_and_smoothing(name: str):
-    even = Quantities(*(side(CHOSEN, CHOSEN, CHOSEN_LENGTHS) for _ in range(2)))
+    even = Quantities(side(CHOSEN, CHOSEN, CHOSEN_LENGTHS), side(CHOSEN, CHOSEN, CHOSEN_LENGTHS))
     for beta in (0.01, 0.1, 2.0):
         for smoothing in (0.0, 0.1, 0.4):
             found = losses(name, even, beta=beta, label_smoothing=smoothing)[0]

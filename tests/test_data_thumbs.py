@@ -228,3 +228,10 @@ def test_a_disliked_answer_of_no_tokens_is_refused(tmp_path: Path):
     down = Example((USER,), None, "zz", "row 1")
     with pytest.raises(Refusal, match="^row 1: rejected has no token of its own"):
         tokenise([down], load_tokenizer(tmp_path), None)
+
+
+def test_thumbs_down_are_no_answers_to_learn():
+    assert isinstance(example(GOOD | {"label": True}, "here", kind="answers"), Example)
+    found = example(GOOD | {"label": False}, "here", kind="answers")
+    assert isinstance(found, list)
+    assert "use --loss kto" in found[0]

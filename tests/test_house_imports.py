@@ -15,6 +15,7 @@ FLOORS = [
     {"align"},
     {"chat"},
     {"train", "fuse"},
+    {"stages"},
     {"console", "misuse"},
     {"demo"},
     {"cli"},

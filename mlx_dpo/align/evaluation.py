@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_dpo.align.intervals import bootstrap, wilson
 from mlx_dpo.align.loss import Loss
-from mlx_dpo.align.rewards import Rewards, rewards
+from mlx_dpo.align.rewards import Rewards, logged_logps, rewards
 from mlx_dpo.align.scores import Answers, Scores, having
 from mlx_dpo.data.tokenised import TokenisedPair
 
@@ -27,10 +27,11 @@ def evaluated(
     if kl is not None:
         result["eval_kl_of_strangers"] = kl
     result |= _intervals(found)
-    for side in Scores._fields:
-        places = having(pairs, every, side)
-        if places:
-            result[f"eval_logps/{side}_reference"] = float(getattr(start, side).logps[places].mean())
+    up, down = having(pairs, every, "chosen"), having(pairs, every, "rejected")
+    before = Scores(start.chosen.part(up), start.rejected.part(down))
+    for side, logps in zip(Scores._fields, logged_logps(before, pairs, up, down, loss.terms), strict=True):
+        if logps.size:
+            result[f"eval_logps/{side}_reference"] = float(logps.mean())
     if found.paired:
         for name, scores in (("", policy), ("_reference", start)):
             result[f"eval_logps/preferred_per_token{name}"] = _preferred(scores, pairs)

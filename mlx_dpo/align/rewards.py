@@ -32,8 +32,6 @@ class Rewards(NamedTuple):
 
     def means(self) -> dict[str, float]:
         """The means under TRL's names; `logps/chosen_shift` and `margins/opening_share` are not TRL's."""
-        if not self.chosen.size and not self.rejected.size:
-            return {"logps/chosen": float(self.logps_chosen.mean())}
         named = {
             "rewards/chosen": self.chosen,
             "rewards/rejected": self.rejected,
@@ -69,10 +67,7 @@ def rewards(
     """
     up, down = having(pairs, indices, "chosen"), having(pairs, indices, "rejected")
     here = Scores(policy.chosen.part(up), policy.rejected.part(down))
-    lengths = [np.array([len(pairs[i].chosen) for i in up]), np.array([len(pairs[i].rejected) for i in down])]
-    logps = [here.chosen.logps, here.rejected.logps]
-    if mixture.quantities & _PER_TOKEN:
-        logps = [values / length for values, length in zip(logps, lengths, strict=True)]
+    logps = logged_logps(here, pairs, up, down, mixture)
     shift, opening, values = here.chosen.logps[:0], None, logps
     if reference is not None:
         there = Scores(reference.chosen.part(up), reference.rejected.part(down))
@@ -88,9 +83,22 @@ def rewards(
         logps_rejected=logps[1],
         shift=shift,
         opening=opening,
-        chosen_tokens=int(lengths[0].sum()),
+        chosen_tokens=sum(len(pairs[i].chosen) for i in up),
         paired=up == down and beta is not None,
     )
+
+
+def logged_logps(
+    scores: Scores, pairs: Sequence[TokenisedPair], up: list[int], down: list[int], mixture: Mixture
+) -> tuple[np.ndarray, np.ndarray]:
+    """The log-probabilities that are logged of the chosen answers `up` and the rejected ones `down`, (answers,) each.
+
+    Sums over tokens, or their means where the objective takes those.
+    """
+    if not mixture.quantities & _PER_TOKEN:
+        return scores.chosen.logps, scores.rejected.logps
+    chosen, rejected = ([len(pairs[i].chosen) for i in up], [len(pairs[i].rejected) for i in down])
+    return scores.chosen.logps / np.array(chosen), scores.rejected.logps / np.array(rejected)
 
 
 def opening_share(policy: Scores, reference: Scores) -> float | None:

@@ -150,7 +150,7 @@ class Run:
             self._save()
             raise Refusal(f"{fault} What was learnt until step {self.trainer.steps_done} is saved.") from fault
         serious = yield from self._recorded(numbers, self.monitor.step(numbers))
-        self._mark_healthy(numbers["step"])
+        self._mark_healthy(self.trainer.steps_done)
         yield Stepped(numbers, self.steps)
         return serious
 

@@ -61,6 +61,8 @@ def example(row: object, source: str, *, kind: Kind) -> Example | list[str]:
         return missing
     reasons: list[str] = []
     liked = _liked(fields, reasons) if kind == "thumbs" and names == ("completion",) else True
+    if kind == "answers" and fields.get("label") in (False, 0):
+        reasons.append("label is false, so the answer is none to learn: leave the row out, or use --loss kto")
     answers = [_turns(name, fields[name], "assistant", reasons) for name in names]
     explicit = "prompt" in fields and names != ("messages",)
     prompt = _turns("prompt", fields["prompt"], "user", reasons) if explicit else _shared_beginning(answers)

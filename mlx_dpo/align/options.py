@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from mlx_dpo.align import mixture
+from mlx_dpo.align.objectives import TERMS
 from mlx_dpo.align.quantities import Divergence
 from mlx_dpo.align.tracking import Tracker
 from mlx_dpo.refusal import Refusal
@@ -20,7 +21,8 @@ def _known_loss(kind: type, value: str) -> None:
         raise ValueError(str(fault)) from None
 
 
-LossName = Annotated[str, Parameter(validator=_known_loss)]
+_LOSSES = f"The objective: one of {', '.join(TERMS)}, or a sum such as 0.8*sigmoid+0.5*sft."
+LossName = Annotated[str, Parameter(validator=_known_loss, help=_LOSSES)]
 Measure = Literal["loss", "accuracy", "margin", "chosen"]
 
 
@@ -37,9 +39,7 @@ class TrainOptions:
     method: Literal["dpo", "sft"] = "dpo"
     """Learn from preferences (dpo), or from the chosen answers or plain text alone (sft)."""
     loss: LossName = "sigmoid+sft"
-    """The preference objective: sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot,
-    aot_unpaired, apo_zero, apo_down, discopop, sigmoid_norm, dpop, simpo, cpo, orpo or kto, or a sum such as
-    0.8*sigmoid+0.5*sft."""
+    """The objective: a name in `objectives.TERMS`, or a sum of several with weights."""
     adapter: Path | None = None
     """Adapter folder to start from; it is the reference too."""
     resume: bool = False
@@ -121,8 +121,7 @@ class TrainOptions:
     keep_checkpoints: Whole = 2
     """How many checkpoints to keep, beside those that a rescue or --keep best needs."""
     on_displacement: Literal["warn", "stop", "rescue"] = "warn"
-    """What to do when the chosen answers become less likely while the margin grows: say so, stop with everything saved,
-    or go back to the last healthy checkpoint, add the sft term or halve the rate, and go on."""
+    """What to do where the chosen answers get less likely: say so, stop, or go back and on with a gentler loss."""
     kl_budget: float = 0.5
     """Warn where the model's own answers diverge further than this from the base, in nats a token."""
     keep: Literal["last", "best"] = "last"

@@ -144,7 +144,6 @@ def _trained(out: Path, data: Path, size: _Size) -> Finished | Interrupted | Non
         out=out / "adapter",
         epochs=2,
         steps=size.steps,
-        sft_weight=1.0,
         learning_rate=1.5e-3,
         rank=16,
         alpha=32.0,

@@ -101,6 +101,7 @@ def test_a_gradient_far_above_its_like_is_a_spike():
     rows = [step(n, **{"grad_norm": norm}) for n, norm in enumerate(norms, start=1)]
     assert found(rows) == {11: ["gradient_spike"]}
     assert found(rows[5:]) == {}  # too few steps to know what is usual
+    assert found([row | {"grad_norm": row["grad_norm"] / 100} for row in rows]) == {}  # all of them are small
 
 
 def test_saturation_needs_many_pairs_two_evaluations_and_a_growing_margin():

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -229,6 +231,17 @@ def test_every_objective_says_where_it_comes_from():
     for objective in {objective for terms in objectives.TERMS.values() for objective in terms}:
         text = inspect.getdoc(objective) or ""
         assert "arXiv:" in text or objective in (objectives.likelihood, objectives.whole_likelihood), objective
+
+
+def test_the_page_of_losses_names_every_one_with_its_defaults():
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text(encoding="utf-8")
+    cells = [re.split(r"(?<!\\)\|", line) for line in page.splitlines() if line.startswith("| `")]
+    rows = {row[1].strip(" `"): row[3] for row in cells}
+    assert list(rows) == list(objectives.TERMS)
+    short = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "simpo_gamma": "γ"}
+    for name, said in rows.items():
+        for option, value in mixture(name).options.items():
+            assert f"{short.get(option, 'weights')} {value:g}" in said, (name, option)
 
 
 def test_a_mix_is_the_weighted_sum_of_its_terms():

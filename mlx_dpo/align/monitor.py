@@ -17,6 +17,7 @@ _LEAST_MARGIN = 2.0  # nats of margin before it is asked where they come from
 _OPENING_SHARE = 0.5  # of the margin in the first five tokens
 _SATURATED, _SURELY = 0.99, 0.8  # held-out accuracy, and the lower end of its interval
 _SPIKE, _SPIKE_STEPS = 5.0, 10  # times the median gradient norm of so many steps
+_LEAST_SPIKE = 1.0  # below it no step is large, however small the others were
 _DRIFT = 1.5  # times longer or shorter than the answers were before
 
 
@@ -122,7 +123,11 @@ def _shortcut(monitor: Monitor) -> str | None:
 
 def _spike(monitor: Monitor) -> str | None:
     norms = [row["grad_norm"] for row in monitor.steps[-1 - _SPIKE_STEPS :]]
-    if len(norms) <= _SPIKE_STEPS or not (usual := statistics.median(norms[:-1])) or norms[-1] < _SPIKE * usual:
+    if (
+        len(norms) <= _SPIKE_STEPS
+        or not (usual := statistics.median(norms[:-1]))
+        or norms[-1] < max(_SPIKE * usual, _LEAST_SPIKE)
+    ):
         return None
     return (
         f"The gradient norm is {norms[-1]:.3g}, {norms[-1] / usual:.0f} times that of the {_SPIKE_STEPS} steps before: "

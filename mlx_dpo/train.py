@@ -8,6 +8,7 @@ if __name__ == "__main__":  # ahead of the other imports, because the entry poin
     runpy.run_module("mlx_dpo", run_name="__main__", alter_sys=True)
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from mlx_dpo import machine, storage
 from mlx_dpo.align import record
@@ -36,8 +37,11 @@ def run(options: TrainOptions, stop: Callable[[], bool] = lambda: False) -> Iter
         refuse_missing(kind)
     config = read_config(options.model)
     options = with_adapter_shape(options)
+    if options.resume and options.holdout is None:
+        options = replace(options, holdout=record.read_options(options.out).get("holdout"))
     _check_out(options)
     examples = prepared(options, config)
+    options = replace(options, holdout=examples.holdout)
     _refuse_nothing_held_out(examples, options)
     yield from _cut_note(examples.cut, options)
     order = Order(len(examples.train), options.batch_size, options.grad_accumulation, options.seed, options.shuffle)

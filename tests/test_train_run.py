@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import parity
 import pytest
 import runs
 
@@ -108,3 +109,24 @@ def test_the_manifest_names_base_data_adapter_and_versions(options: TrainOptions
     assert facts["adapter"]["sha256"] == sha(options.out / "adapters.safetensors")
     assert facts["versions"].keys() >= {"mlx", "mlx-lm", "mlx-dpo"}
     assert facts["scores"]["eval_pairs"] == 2
+
+
+@pytest.mark.parametrize(("rows", "flags", "held_out"), [(120, {}, 12), (99, {}, 0), (120, {"holdout": 0.0}, 0)])
+def test_of_many_pairs_a_tenth_is_held_out_unless_told_otherwise(
+    options: TrainOptions, rows: int, flags: dict[str, float], held_out: int
+):
+    many = [parity.PAIRS[0] | {"prompt": f"question {number}"} for number in range(rows)]
+    data = runs.write_pairs(options.data.parent / "many.jsonl", many)
+    chosen = replace(options, data=data, steps=2, batch_size=2, save_every=1, **flags)
+    planned = next(event for event in runs.run(chosen, 1) if isinstance(event, Planned)).plan
+    assert (planned.pairs, planned.held_out) == (rows - held_out, held_out)
+    assert f"holdout = {0.1 if held_out else 0.0}" in (options.out / "run.toml").read_text()
+    runs.run(replace(chosen, resume=True))
+    assert (options.out / "manifest.json").exists()
+
+
+def test_many_rows_of_one_prompt_are_all_learnt(options: TrainOptions):
+    same = [parity.PAIRS[0] | {"chosen": f"Answer {number}."} for number in range(110)]
+    data = runs.write_pairs(options.data.parent / "same.jsonl", same)
+    planned = next(event for event in runs.run(replace(options, data=data, dry_run=True)) if isinstance(event, Planned))
+    assert (planned.plan.pairs, planned.plan.held_out) == (110, 0)

@@ -11,11 +11,14 @@ from mlx_dpo.data.tokenised import CutCounts, TokenisedPair, tokenise
 from mlx_dpo.models.load import read_tokenizer
 from mlx_dpo.refusal import Refusal
 
+_MANY, _HOLDOUT = 100, 0.1  # from so many rows on, this share can be spared for an honest look
+
 
 class Prepared(NamedTuple):
     """Tokenised examples, the prompts to answer before and after, what was cut, and the data's hash.
 
-    `unseen` says whether the questions are other than the prompts that are trained on.
+    `unseen` says whether the questions are other than the prompts that are trained on; `holdout` is the share that was
+    held out, 0 where a valid file or nothing was.
     """
 
     train: list[TokenisedPair]
@@ -24,6 +27,7 @@ class Prepared(NamedTuple):
     unseen: bool
     cut: CutCounts
     fingerprint: str
+    holdout: float
 
 
 def prepared(options: TrainOptions, config: dict[str, Any]) -> Prepared:
@@ -31,7 +35,7 @@ def prepared(options: TrainOptions, config: dict[str, Any]) -> Prepared:
 
     Raises Refusal, naming file and row, for anything that could not be learnt as it stands.
     """
-    train, valid = _split(options)
+    train, valid, holdout = _split(options)
     if options.method == "sft":
         train = [example._replace(rejected=None) for example in train]
         valid = [example._replace(rejected=None) for example in valid]
@@ -41,7 +45,7 @@ def prepared(options: TrainOptions, config: dict[str, Any]) -> Prepared:
     _refuse_foreign_tokens(learnt.items + held_out.items, config)
     cut = CutCounts(*(a + b for a, b in zip(learnt.cut, held_out.cut, strict=True)))
     questions, unseen = _questions(options, train, valid)
-    return Prepared(learnt.items, held_out.items, questions, unseen, cut, fingerprint(train))
+    return Prepared(learnt.items, held_out.items, questions, unseen, cut, fingerprint(train), holdout)
 
 
 def _questions(options: TrainOptions, train: list[Example], valid: list[Example]) -> tuple[list[Turns], bool]:
@@ -62,16 +66,20 @@ def _kind(options: TrainOptions) -> Kind:
     return "thumbs" if loss_of(options).is_unpaired else "pairs"
 
 
-def _split(options: TrainOptions) -> tuple[list[Example], list[Example]]:
+def _split(options: TrainOptions) -> tuple[list[Example], list[Example], float]:
     splits = read(options.data, kind=_kind(options))
     if options.holdout and splits.valid:
         raise Refusal(f"--holdout is given, but {options.data} has a valid file: leave one of them away.")
-    if not options.holdout:
-        return splits.train, splits.valid
-    train, valid = split_off(splits.train, options.holdout, options.seed)
-    if not train or not valid:
-        raise Refusal(f"--holdout {options.holdout:g} of {options.data} leaves one side empty: give another share.")
-    return train, valid
+    few = splits.valid or len(splits.train) < _MANY
+    share = options.holdout if options.holdout is not None else 0.0 if few else _HOLDOUT
+    if not share:
+        return splits.train, splits.valid, 0.0
+    train, valid = split_off(splits.train, share, options.seed)
+    if train and valid:
+        return train, valid, share
+    if options.holdout is None:
+        return splits.train, [], 0.0
+    raise Refusal(f"--holdout {share:g} of {options.data} leaves one side empty: give another share.")
 
 
 def _refuse_foreign_tokens(pairs: list[TokenisedPair], config: dict[str, Any]) -> None:

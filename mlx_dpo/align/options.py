@@ -46,8 +46,8 @@ class TrainOptions:
     """Go on with the interrupted run in --out."""
     dry_run: bool = False
     """Print the plan (pairs, tokens, steps, memory) and stop."""
-    holdout: float = 0.0
-    """Share of the training prompts to hold out for evaluation, where the data has no valid file."""
+    holdout: float | None = None
+    """Share of the training prompts to hold out where there is no valid file. [default: 0.1 of 100 rows or more]"""
     beta: float | None = None
     """Strength of the pull towards the reference. [default: 0.1; 5 for sigmoid_norm, 2 for simpo]"""
     label_smoothing: float | None = None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx_dpo  # noqa: F401, I001  (loads the BLAS before MLX)
 from mlx_dpo import console, machine
+from mlx_dpo.align import history
 from mlx_dpo.align.record import SAMPLES, read_metrics, read_rows
 from mlx_dpo.cli import main as mlx_dpo_main
 from mlx_dpo.convert.conversion import convert
@@ -26,14 +27,15 @@ RESULTS = ROOT / "benchmarks" / "DEFAULTS.md"
 # Flags of `mlx_dpo train`, by the name that they have in the table.
 SETTINGS = {
     "plain DPO, published β and rate": "--loss sigmoid --learning-rate 2e-4",
-    "the same, scale 20 (α = 160)": "--loss sigmoid --learning-rate 2e-4 --alpha 160",
+    "the same, scale 20 (α 160), constant": "--loss sigmoid --learning-rate 2e-4 --alpha 160 --schedule constant",
     "the same, scale 20, told to rescue": "--loss sigmoid --learning-rate 2e-4 --alpha 160 --on-displacement rescue",
-    "sigmoid+sft (the defaults)": "",
-    "sigmoid+sft at twice the rate": "--learning-rate 2e-4",
-    "sigmoid+sft at twice the rate, scale 20": "--learning-rate 2e-4 --alpha 160",
-    "sigmoid+0.2*sft": "--sft-weight 0.2",
-    "apo_zero": "--loss apo_zero",
-    "dpop": "--loss dpop",
+    "sigmoid+sft, rate 1e-4": "--learning-rate 1e-4",
+    "sigmoid+sft, rate 5e-4": "--learning-rate 5e-4",
+    "sigmoid+sft, rate 1e-3": "--learning-rate 1e-3",
+    "plain DPO, rate 5e-4": "--loss sigmoid --learning-rate 5e-4",
+    "sigmoid+0.2*sft, rate 5e-4": "--sft-weight 0.2 --learning-rate 5e-4",
+    "apo_zero, rate 5e-4": "--loss apo_zero --learning-rate 5e-4",
+    "dpop, rate 5e-4": "--loss dpop --learning-rate 5e-4",
 }
 
 
@@ -58,14 +60,10 @@ def trained(name: str, flags: str, model: Path, data: Path, out: Path, more: Seq
             if end.code:
                 raise
     rows = read_metrics(out)
-    last = [row for row in rows if "eval_loss" in row][-1]
-    found = [f"{w['kind']} at {row['step']}" for row in _with_abandoned(rows) for w in row.get("warnings", ())]
+    last = history.evaluations(rows)[-1]
+    found = [f"{w['kind']} at {row['step']}" for row, _ in history.in_order(rows) for w in row.get("warnings", ())]
     kl = read_rows(out / SAMPLES)[-1]["kl"]
-    return Outcome(name, last, kl, ", ".join(found), sum(row["seconds"] for row in rows if "loss" in row))
-
-
-def _with_abandoned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [part for row in rows for part in [*row.get("abandoned", ()), row]]
+    return Outcome(name, last, kl, ", ".join(found), sum(row["seconds"] for row in history.steps(rows)))
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:

@@ -84,7 +84,7 @@ class _TrainingView:
     def __init__(self, bar: Progress, plan_on: Console):
         self.bar, self.plan_on = bar, plan_on
         self.tasks: dict[str, TaskID] = {}
-        self.printed = 0
+        self.step = self.printed = 0
 
     def show(self, event: events.Event) -> None:
         if isinstance(event, events.Planned):
@@ -100,6 +100,7 @@ class _TrainingView:
         elif isinstance(event, events.Warned):
             err.print(f"Warning, step {event.step}: {event.finding.text}", style="yellow")
         elif isinstance(event, events.Stage):
+            self.step = self.printed = 0
             err.print(f"Stage {event.number} of {event.stages}: {event.method}", style="bold")
         elif isinstance(event, events.Evaluated):
             err.print(evaluation_in_words(event.numbers))
@@ -107,11 +108,14 @@ class _TrainingView:
     def _step(self, event: events.Stepped) -> None:
         numbers = event.numbers
         words = step_in_words(numbers)
-        self._advance("Training", int(numbers["step"]), event.steps, words)
-        tenths = int(10 * numbers["step"] / event.steps)
+        step = int(numbers["step"])
+        self._advance("Training", step, event.steps, words)
+        if step <= self.step:  # a rescue went back
+            self.printed = 10 * (step - 1) // event.steps
+        self.step, tenths = step, 10 * step // event.steps
         if not err.is_terminal and tenths > self.printed:
             self.printed = tenths
-            err.print(f"step {int(numbers['step'])}/{event.steps}: {words}")
+            err.print(f"step {step}/{event.steps}: {words}")
 
     def _advance(self, name: str, done: int, total: int, numbers: str) -> None:
         if name not in self.tasks:

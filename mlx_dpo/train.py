@@ -9,6 +9,8 @@ if __name__ == "__main__":  # ahead of the other imports, because the entry poin
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 from mlx_dpo import machine, storage
 from mlx_dpo.align import record
@@ -22,40 +24,77 @@ from mlx_dpo.align.run import Run
 from mlx_dpo.align.tracking import refuse_missing
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import CutCounts
+from mlx_dpo.models.adapters import AdapterShape
 from mlx_dpo.models.load import load_to_compute, read_config
 from mlx_dpo.refusal import Refusal
 
 
-def run(options: TrainOptions, stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+class Checked(NamedTuple):
+    """A run that may begin: its options with nothing left open, its examples, their order, and the plan."""
+
+    options: TrainOptions
+    examples: Prepared
+    order: Order
+    plan: Plan
+
+    def announced(self) -> Iterator[Event]:
+        """What there is to say before the model is loaded."""
+        yield from _cut_note(self.examples.cut, self.options)
+        yield Planned(self.plan)
+
+
+def run(
+    options: TrainOptions, stop: Callable[[], bool] = lambda: False, *, home: Path | None = None
+) -> Iterator[Event]:
     """Train, yielding what happens; `stop` is asked after each step, and True ends the run with all saved.
 
-    Raises Refusal, before the model is loaded where that is possible, for anything that cannot be right.
+    `home` is the folder whose run.toml goes on with the run, where that is not --out. Raises Refusal, before the model
+    is loaded where that is possible, for anything that cannot be right.
+    """
+    _refuse_finished(options)
+    ready = checked(options)
+    yield from ready.announced()
+    options = ready.options
+    if options.dry_run:
+        return
+    yield Phase("Loading the model", 0, 1)
+    loaded = load_to_compute(options.model)
+    shape = attached(loaded, options)
+    with storage.writing(home or options.out, "make room there, and go on with --resume"):
+        begun = Run(options, loaded, shape, ready.examples, ready.order, ready.plan.steps, home=home)
+        yield from begun.events(stop)
+
+
+def checked(options: TrainOptions, start: AdapterShape | None = None) -> Checked:
+    """Check all of a run that can be known before its model is loaded.
+
+    `start` is the shape of --adapter where that is still to be trained. Raises Refusal for anything that cannot be
+    right.
     """
     refuse_absurd(options)
     options = resolved(options)
     for kind in options.track:
         refuse_missing(kind)
     config = read_config(options.model)
-    options = with_adapter_shape(options)
+    options = with_adapter_shape(options, start)
     if options.resume and options.holdout is None:
         options = replace(options, holdout=record.read_options(options.out).get("holdout"))
     _check_out(options)
     examples = prepared(options, config)
     options = replace(options, holdout=examples.holdout)
     _refuse_nothing_held_out(examples, options)
-    yield from _cut_note(examples.cut, options)
     order = Order(len(examples.train), options.batch_size, options.grad_accumulation, options.seed, options.shuffle)
     plan = planned(options, config, examples.train, examples.valid, order)
     _refuse_endless_warmup(options, plan.steps)
-    yield Planned(plan)
-    if options.dry_run:
-        return
-    _refuse_too_large(plan, options)
-    yield Phase("Loading the model", 0, 1)
-    loaded = load_to_compute(options.model)
-    shape = attached(loaded, options)
-    with storage.writing(options.out, "make room there, and go on with --resume"):
-        yield from Run(options, loaded, shape, examples, order, plan.steps).events(stop)
+    if not options.dry_run:
+        _refuse_too_large(plan, options)
+    return Checked(options, examples, order, plan)
+
+
+def _refuse_finished(options: TrainOptions) -> None:
+    out = options.out
+    if options.resume and (out / record.RUN).exists() and (out / record.MANIFEST).exists():
+        raise Refusal(f"The run in {out} is finished: there is nothing to resume.")
 
 
 def _check_out(options: TrainOptions) -> None:
@@ -63,8 +102,8 @@ def _check_out(options: TrainOptions) -> None:
     if out.resolve() == options.model.resolve():
         raise Refusal("--out is the model's own folder: choose another, so that the model stays as it is.")
     if options.resume:
-        if (out / record.MANIFEST).exists():
-            raise Refusal(f"The run in {out} is finished: there is nothing to resume.")
+        if "stage" in record.read_options(out):
+            raise Refusal(f"The run in {out} is one in stages: go on with it by {record.resume_command(out)}.")
         record.refuse_other_options(out, as_toml(options))
     elif (out / record.RUN).exists():
         raise Refusal(f"{out} holds a run already: add --resume to go on with it, or choose another --out.")

@@ -82,6 +82,15 @@ def test_health_is_stricter_than_the_alarm():
     assert health == [True, False, False, False]  # means -0.015, -0.0225, -0.03, -0.045
 
 
+def test_a_step_is_healthy_once_three_steps_after_it_were_well():
+    monitor, healthy = Monitor(FACTS), []
+    for number, shift in enumerate([0.0, 0.1, 0.1, 0.1, 0.1, -0.3, -0.3, 0.4, 0.4, 0.4], start=1):
+        monitor.step(step(number, shift))
+        healthy.append(monitor.healthy)
+    assert healthy == [0, 0, 0, 1, 2, 2, 2, 2, 6, 7]  # means from the fourth on: .1 .1 -.03 -.17 -.07 .17 .4
+    assert Monitor(FACTS, healthy=5).healthy == 5
+
+
 def test_a_margin_from_the_first_five_tokens_is_a_shortcut():
     rows = [step(n, margin=0.5, **{"margins/opening_share": 0.7}) for n in range(1, 6)]  # 5 nats of margin
     assert found(rows) == {3: ["shortcut"]}

@@ -180,10 +180,23 @@ def test_gradients_are_those_of_finite_differences(name: str):
         assert gradient[place] == pytest.approx((up - down) / (2 * width), rel=0.02, abs=2e-3), place
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRWISE if name not in ("ipo", "sppo_hard", "orpo", "discopop")])
+@pytest.mark.parametrize("name", [*PAIRWISE, "kto"])
 def test_far_answers_stay_finite(name: str):
-    far = losses(name, quantities(np.array([-1e4, 0.0, -5e3]), np.array([0.0, -1e4, -5e3])), beta=1.0)
-    assert all(np.isfinite(np.array(term)).all() for term in far)
+    def total(both: mx.array) -> mx.array:
+        terms = losses(name, quantities(both[:3], both[3:]), beta=1.0)
+        return sum((term.sum() for term in terms), mx.array(0.0))
+
+    value, gradient = mx.value_and_grad(total)(mx.array([-1e4, 0.0, -5e3, 0.0, -1e4, -5e3]))
+    assert math.isfinite(value.item())
+    assert np.isfinite(np.array(gradient)).all()
+
+
+def test_discopop_is_logistic_far_below_and_exponential_far_above():
+    margins = mx.array([-1e4, -200.0, -89.0, 5.0, 80.0, 1e4])
+    expected = [1e4, 200.0, 89.0, math.exp(-5), math.exp(-80), 0.0]
+    assert objectives.discopop(margins, 1.0).tolist() == pytest.approx(expected, rel=1e-5)
+    slopes = mx.grad(lambda margin: objectives.discopop(margin, 1.0).sum())(margins)
+    assert slopes.tolist() == pytest.approx([-1.0, -1.0, -1.0, -math.exp(-5), -math.exp(-80), 0.0], rel=1e-5)
 
 
 def test_odds_stay_exact_for_probabilities_near_nought_and_one():

@@ -15,7 +15,7 @@ from mlx_lm.utils import quantize_model
 from mlx_dpo.models import adapters, scoring
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.load import Loaded, load
-from mlx_dpo.models.scoring import Rows, parts, row_lengths, row_sums, rows_of, token_logps
+from mlx_dpo.models.scoring import Rows, parts, row_sums, rows_of, token_logps
 
 Folder = Callable[[str], Path]
 TEXTS = [
@@ -63,10 +63,6 @@ def test_what_neighbours_and_padding_say_moves_no_bit(loaded: Loaded):
     cut = parts(loaded.model)
     before, after = (mx.where(first, token_logps(loaded.model, given, cut), 0.0) for given in (rows, changed))
     assert mx.array_equal(before, after)
-
-
-def test_lengths_count_responses_only(loaded: Loaded):
-    assert row_lengths(rows_of(TEXTS)).tolist() == [4.0, 1.0, 2.0, 9.0]
 
 
 def gradients(loaded: Loaded, rows: Rows) -> tuple[float, dict[str, np.ndarray]]:

@@ -94,6 +94,13 @@ def drop_after(folder: Path, step: int) -> None:
         sync_folder(folder)
 
 
+def keep_only(folder: Path, step: int) -> None:
+    """Remove every checkpoint but that of one step."""
+    for number in steps(folder):
+        if number != step:
+            _path(folder, number).unlink()
+
+
 def _make(folder: Path) -> None:
     """Make a folder and those above it, durably."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]

@@ -8,7 +8,6 @@ from mlx_dpo.align.charts import Point, Series, line_chart
 from mlx_dpo.align.demands import loss_of
 from mlx_dpo.align.history import Row
 from mlx_dpo.align.options import TrainOptions
-from mlx_dpo.align.outcome import chosen_shift, logps_are_means
 
 
 class Curve(NamedTuple):
@@ -47,9 +46,8 @@ class _Run(NamedTuple):
 
 def charts(options: TrainOptions, rows: Sequence[Row], answered: Sequence[Row]) -> list[str]:
     """The charts of a run as SVG, from the rows of metrics.jsonl and samples.jsonl; those without a number are not."""
-    told = [_with_shift(row) for row in rows]
-    attempts = [[_with_shift(row) for row in attempt] for attempt in history.attempts(rows)]
-    run = _Run(told, attempts, answered)
+    attempts = list(history.attempts(rows))
+    run = _Run(rows, attempts, answered)
     rescued = [row["step"] for row in history.rescues(rows)]
     every = [row["step"] for part in (rows, answered, *attempts) for row in part]
     over = (min(every), max(every)) if every else ()
@@ -71,7 +69,7 @@ def _of_preferences(options: TrainOptions, run: _Run) -> Iterator[Curve]:
 
 
 def _of_answers(options: TrainOptions, run: _Run) -> Iterator[Curve]:
-    nats = "nats a token" if logps_are_means(options) else "nats"
+    nats = "nats a token" if loss_of(options).takes_means else "nats"
     yield Curve("Log-probability of answers", run.sides("logps"), nats)
     shift = run.both("logps/chosen_shift")
     yield Curve("Chosen answers against the start", shift, "change of log-probability, nats", (0,))
@@ -89,9 +87,3 @@ def _of_the_machine(run: _Run) -> Iterator[Curve]:
 
 def _points(rows: Sequence[Row], key: str) -> list[Point]:
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-
-
-def _with_shift(row: Row) -> Row:
-    """An evaluation's row with the chosen answers' shift, which is not logged where there are no rewards."""
-    shift = chosen_shift(row)
-    return row if shift is None else row | {"eval_logps/chosen_shift": shift}

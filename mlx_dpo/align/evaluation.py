@@ -1,23 +1,26 @@
-"""Held-out numbers: exact over all pairs, never means of batch means, each with a 95% interval."""
+"""Held-out numbers: exact over all pairs, never means of batch means; 95% intervals of those that `evaluated` names."""
 
 from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from mlx_dpo.align.intervals import bootstrap, wilson
 from mlx_dpo.align.loss import Loss
 from mlx_dpo.align.rewards import Rewards, logged_logps, rewards
-from mlx_dpo.align.scores import Answers, Scores, having
+from mlx_dpo.align.scores import Scores, having, present
 from mlx_dpo.data.tokenised import TokenisedPair
 
 
 def evaluated(
     policy: Scores, start: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None = None
 ) -> dict[str, float]:
-    """The training numbers over held-out examples, prefixed eval_, with intervals (_low, _high).
+    """The training numbers over held-out examples, prefixed eval_, four of them with intervals (_low, _high).
 
-    `start` is what the model said before the first step, with which the chosen answers' log-probability is compared;
+    The interval of the accuracy is Wilson's; those of the margin, of the chosen answers' change and of the loss are
+    bootstrapped over examples. Only pairs have one of the accuracy and the margin; the loss has none where pairs are
+    coupled or an example has no chosen answer. `start` is what the model said before the first step, with which the chosen answers' log-probability is compared;
     `loss` holds the held-out numbers of its reference, and `kl` is its divergence, where it needs them.
     """
     every = list(range(len(pairs)))
@@ -27,9 +30,7 @@ def evaluated(
     if kl is not None:
         result["eval_kl_of_strangers"] = kl
     result |= _intervals(found)
-    up, down = having(pairs, every, "chosen"), having(pairs, every, "rejected")
-    before = Scores(start.chosen.part(up), start.rejected.part(down))
-    for side, logps in zip(Scores._fields, logged_logps(before, pairs, up, down, loss.terms), strict=True):
+    for side, logps in zip(Scores._fields, logged_logps(start, pairs, every, loss.terms), strict=True):
         if logps.size:
             result[f"eval_logps/{side}_reference"] = float(logps.mean())
     if found.paired:
@@ -65,7 +66,9 @@ def _named(name: str, low: float, high: float) -> dict[str, float]:
 
 def _loss(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> float:
     every = list(range(len(pairs)))
-    return float(loss.share(_present(policy, pairs), pairs, every, loss.window(pairs, every), kl))
+    return float(
+        loss.share(tree_map(mx.array, present(policy, pairs, every)), pairs, every, loss.window(pairs, every), kl)
+    )
 
 
 def _loss_interval(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> dict[str, float]:
@@ -73,7 +76,7 @@ def _loss_interval(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, k
     every = list(range(len(pairs)))
     if loss.terms.is_coupled or len(having(pairs, every, "chosen")) < len(pairs):
         return {}
-    parts = loss.parts(_present(policy, pairs), pairs, every, kl)
+    parts = loss.parts(tree_map(mx.array, present(policy, pairs, every)), pairs, every, kl)
     by_example, by_token, by_whole = (np.broadcast_to(np.array(part), len(pairs)) for part in parts)
     tokens = np.array([len(pair.chosen) for pair in pairs])
     whole = tokens + np.array([len(pair.prompt) - 1 for pair in pairs])
@@ -84,10 +87,3 @@ def _loss_interval(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, k
         return by_example[drawn].mean(axis=1) + a_token
 
     return _named("loss", *bootstrap(statistic, len(pairs)))
-
-
-def _present(scores: Scores, pairs: Sequence[TokenisedPair]) -> Scores:
-    """The numbers of the answers that are there, side by side as a batch has them."""
-    every = list(range(len(pairs)))
-    places = {side: having(pairs, every, side) for side in Scores._fields}
-    return Scores(*(Answers(*(mx.array(v[places[side]]) for v in getattr(scores, side))) for side in Scores._fields))

@@ -1,6 +1,8 @@
 """What is looked at during a run: held-out examples scored, questions answered, the best evaluation kept."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,6 @@ from mlx_dpo.align.examples import Prepared
 from mlx_dpo.align.loss import Loss
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.align.scores import Scores, mismatched, scored
-from mlx_dpo.data.templates import prompt_ids
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models import adapters
 from mlx_dpo.models.answers import divergence, greedy_answers
@@ -56,10 +57,10 @@ class Scorer(NamedTuple):
             return loss
         reference = yield from self.scores(name, pairs, loss)
         if not loss.terms.is_unpaired:
-            return Loss(loss.terms, loss.options, reference)
+            return replace(loss, reference=reference)
         strangers = mismatched(pairs, self.options.batch_size * self.options.grad_accumulation)
         found = yield from self.scores(f"{name}: other answers", strangers, loss)
-        return Loss(loss.terms, loss.options, reference, strangers, found.chosen.plain)
+        return replace(loss, reference=reference, strangers=strangers, strangers_reference=found.chosen.plain)
 
 
 class HeldOut:
@@ -67,21 +68,18 @@ class HeldOut:
 
     def __init__(self, scorer: Scorer, prepared: Prepared, loss: Loss):
         """Take the run's loss; its reference's numbers are the training examples' and are not used here."""
-        self.scorer, self.pairs, self.questions = scorer, prepared.valid, prepared.questions
-        self.loss = Loss(loss.terms, loss.options)
+        self.scorer, self.pairs, self.asked = scorer, prepared.valid, prepared.asked
+        self.loss = replace(loss, reference=None, strangers=None, strangers_reference=None)
         self.start: Scores | None = None
 
     def begin(self) -> Iterator[Event]:
         """Score the held-out examples under the model as it is, which is the reference."""
-        if self.pairs:
+        if not self.pairs:
+            return
+        self.loss = yield from self.scorer.with_reference("Scoring held-out pairs", self.pairs, self.loss)
+        self.start = self.loss.reference
+        if self.start is None:  # which is looked at also where the loss needs no reference
             self.start = yield from self.scorer.scores("Scoring held-out pairs", self.pairs, self.loss)
-            self.loss = yield from self._referring()
-
-    def _referring(self) -> Iterator[Any]:
-        if self.loss.terms.is_unpaired:
-            return (yield from self.scorer.with_reference("Scoring held-out pairs", self.pairs, self.loss))
-        reference = self.start if self.loss.terms.needs_reference else None
-        return Loss(self.loss.terms, self.loss.options, reference)
 
     def evaluation(self, step: int) -> Iterator[Any]:
         """Score under the adapter as it is, and return the row of metrics.jsonl; None where nothing is held out."""
@@ -99,14 +97,13 @@ class HeldOut:
 
         `kl` is the mean KL from the base along the answers, in nats a token; `tokens` their mean length.
         """
-        if not self.questions:
+        if not self.asked:
             return None
         yield Phase("Answering sample questions", 0, 1)
         loaded, options = self.scorer.loaded, self.scorer.options
         loaded.model.eval()
-        prompts = [prompt_ids(loaded.tokenizer, question) for question in self.questions]
-        answers = greedy_answers(loaded, prompts, options.sample_tokens)
-        kl = divergence(loaded.model, self.scorer.cut, prompts, answers, adapters.switched_off)
+        answers = greedy_answers(loaded, self.asked, options.sample_tokens)
+        kl = divergence(loaded.model, self.scorer.cut, self.asked, answers, adapters.switched_off)
         tokens = float(np.mean([len(answer.tokens) for answer in answers]))
         return {"step": step, "tokens": tokens, "kl": kl, "answers": [answer.text for answer in answers]}
 
@@ -122,7 +119,7 @@ class Best:
 
     def row(self, rows: list[Row]) -> Row | None:
         """The row of the best evaluation so far, the first of equals."""
-        known = [row for row in rows if self.name in row]
+        known = [row for row in rows if math.isfinite(row.get(self.name, math.nan))]
         return max(known, key=lambda row: self.sign * row[self.name], default=None)
 
     def is_over(self, rows: list[Row]) -> bool:
@@ -137,14 +134,32 @@ class Best:
         best = self.row(rows)
         if self.options.keep == "best" and best is not None and best["step"] == state.numbers["steps_done"]:
             adapter = {name: value for name, value in state.arrays.items() if name.startswith("adapter.")}
-            # A rescue may take steps back, and with them the best one: then an earlier one has to be there still.
-            keep = _MOST_KEPT if self.options.on_displacement == "rescue" else 1
-            checkpoint.save(self.folder, best["step"], Checkpoint(adapter, state.numbers), keep=keep)
+            checkpoint.save(self.folder, best["step"], Checkpoint(adapter, state.numbers), keep=_MOST_KEPT)
 
-    def adapter(self, rows: list[Row]) -> Checkpoint | None:
-        """The best step's adapter; None where the last step's is to be kept, or nothing was evaluated."""
-        best = self.row(rows) if self.options.keep == "best" else None
-        return None if best is None else checkpoint.at(self.folder, best["step"])
+    def prune(self, rows: list[Row]) -> None:
+        """Drop what was overtaken, now that a checkpoint has come this far.
+
+        A rescue may take steps back, and with them the best one: where there may be one, earlier ones stay.
+        """
+        best = self.row(rows)
+        if self.options.on_displacement != "rescue" and best is not None:
+            checkpoint.keep_only(self.folder, best["step"])
+
+    def adapter(self, rows: list[Row]) -> tuple[Checkpoint | None, str]:
+        """The best step's adapter, or the best of those that can be read, and what there is to say of it.
+
+        None where the last step's is to be kept.
+        """
+        best = self.row(rows)
+        if self.options.keep != "best" or best is None:
+            return None, ""
+        for row in sorted((row for row in rows if self.name in row), key=lambda row: -self.sign * row[self.name]):
+            state = checkpoint.at(self.folder, row["step"])
+            if state is not None:
+                of = f"Keeping the adapter of step {row['step']}"
+                lost = f"{of}: that of step {best['step']}, whose evaluation was the best, is damaged or gone."
+                return state, f"{of}, whose evaluation was the best." if row is best else lost
+        return None, f"Keeping the last adapter: that of step {best['step']}, the best, is damaged or gone."
 
     def forget_after(self, step: int) -> None:
         """Drop what belongs to steps that were taken back."""

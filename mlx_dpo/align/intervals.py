@@ -7,6 +7,7 @@ import numpy as np
 
 _Z = 1.959963984540054  # two-sided 95%
 _DRAWS, _SEED = 1000, 0
+_AT_ONCE = 2**20  # example numbers
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
@@ -26,8 +27,12 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> tuple[float, float]:
     """The 95% percentile interval of a statistic over `count` examples, from 1000 resamples, always the same.
 
-    `statistic` takes example numbers, (draws, count), and gives a value a draw, (draws,). Efron 1979, Ann. Stat. 7:1.
+    `statistic` takes example numbers, (draws, count), and gives a value a draw, (draws,); it is asked for as many draws
+    at once as fit in some 10 MB, or for one. Efron 1979, Ann. Stat. 7:1.
     """
-    drawn = np.random.default_rng(_SEED).integers(0, count, (_DRAWS, count))
-    low, high = np.percentile(statistic(drawn), [2.5, 97.5])
+    random, at_once = np.random.default_rng(_SEED), max(1, _AT_ONCE // count)
+    found = [
+        statistic(random.integers(0, count, (min(at_once, _DRAWS - done), count))) for done in range(0, _DRAWS, at_once)
+    ]
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return float(low), float(high)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_dpo.align import objectives
 from mlx_dpo.align.objectives import COUPLED, PER_TOKEN, TERMS, Objective
-from mlx_dpo.align.quantities import NAMES, OF_DIVERGENCE, OF_REFERENCE, Quantities
+from mlx_dpo.align.quantities import NAMES, OF_DIVERGENCE, OF_MEANS, OF_REFERENCE, Quantities
 from mlx_dpo.refusal import Refusal
 
 _TERM = re.compile(r"(?:(?P<weight>[0-9.eE+-]*[0-9.])\s*\*\s*)?(?P<name>[a-z_]+)")
@@ -57,6 +57,11 @@ class Mixture(NamedTuple):
     def needs_reference(self) -> bool:
         """Whether any term compares with the reference."""
         return bool(self.quantities & OF_REFERENCE)
+
+    @property
+    def takes_means(self) -> bool:
+        """Whether any term sees answers by their mean log p per token, as which they are then logged."""
+        return bool(self.quantities & OF_MEANS)
 
     @property
     def is_unpaired(self) -> bool:

@@ -5,7 +5,7 @@ It knows nothing but the rows of metrics.jsonl and samples.jsonl: a resumed run 
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
@@ -31,22 +31,24 @@ class Finding(NamedTuple):
 class Facts(NamedTuple):
     """What the checks measure a run by.
 
-    `chosen_tokens` is the mean length of the answers that it learns; `has_likelihood` whether their likelihood is part
-    of its loss.
+    `beta` is None in SFT. `chosen_tokens` is the mean length of the answers that it learns; `has_likelihood` whether
+    their likelihood is part of its loss; `has_reference` whether its loss compares with one.
     """
 
     kl_budget: float
     beta: float | None
     chosen_tokens: float
     has_likelihood: bool
+    has_reference: bool = True
 
 
 class Monitor:
-    """The rows of a run so far, and what is wrong at the moment."""
+    """The rows of a run so far, what is wrong at the moment, and the last step whose adapter has proved well."""
 
-    def __init__(self, facts: Facts):
-        """Watch a run from its first step."""
+    def __init__(self, facts: Facts, healthy: int = 0):
+        """Watch a run from its first step; `healthy` is a step that is known to be well."""
         self.facts = facts
+        self.healthy = healthy
         self.steps: list[Row] = []
         self.evaluations: list[Row] = []
         self.persisting: set[str] = set()
@@ -54,12 +56,34 @@ class Monitor:
     def step(self, row: Row) -> list[Finding]:
         """Take a step's row in; what is found wrong, each thing once for as long as it goes on."""
         self.steps.append(row)
+        if row["step"] > PROBATION and self.is_healthy():
+            # An adapter is healthy once the steps after it, which saw it, have been well.
+            self.healthy = max(self.healthy, row["step"] - PROBATION)
         return self._found(_STEP_CHECKS)
 
     def evaluation(self, row: Row, sample: Row) -> list[Finding]:
         """Take in a row of held-out numbers and one of sample answers, either of which may be empty."""
         self.evaluations.append({**{f"sample_{name}": value for name, value in sample.items()}, **row})
-        return self._found(_EVALUATION_CHECKS)
+        # What there is before the first step is what the others are compared with, not what the run has done.
+        return self._found(_EVALUATION_CHECKS) if row or sample.get("step") else []
+
+    def replay(self, rows: Sequence[Row], samples: Sequence[Row]) -> None:
+        """Take in what a run has written so far, of which everything was said already."""
+        for row in rows:
+            if "loss" in row:
+                self.step(row)
+        evaluations = {row["step"]: row for row in rows if "eval_loss" in row}
+        answered = {row["step"]: row for row in samples}
+        for step in sorted(evaluations.keys() | answered.keys()):
+            self.evaluation(evaluations.get(step, {}), answered.get(step, {}))
+
+    def displacement(self) -> Finding | None:
+        """The displacement that is going on now, whether it was spoken of already or not."""
+        for checks, rows in ((_STEP_CHECKS, self.steps), (_EVALUATION_CHECKS, self.evaluations)):
+            for kind, check in checks.items():
+                if rows and kind.startswith("displacement") and (text := check(self)):
+                    return Finding("displacement", text)
+        return None
 
     def _found(self, checks: Mapping[str, Callable[["Monitor"], str | None]]) -> list[Finding]:
         found = {kind: check(self) for kind, check in checks.items()}
@@ -103,9 +127,12 @@ def _held_out_displacement(monitor: Monitor) -> str | None:
 
 
 def _cure(facts: Facts) -> str:
+    if facts.beta is None:
+        return "Lower --learning-rate by half, or stop earlier (--patience)."
     if facts.has_likelihood:
         return "Lower --learning-rate by half, raise --sft-weight or --beta, or stop earlier."
-    return "Add --sft-weight 1, lower --learning-rate by half, or let --on-displacement rescue do it."
+    rescue = ", or let --on-displacement rescue do it" if facts.has_reference else ""
+    return f"Add --sft-weight 1, lower --learning-rate by half{rescue}."
 
 
 def _shortcut(monitor: Monitor) -> str | None:
@@ -164,8 +191,21 @@ def _length_drift(monitor: Monitor) -> str | None:
     change = "longer" if drift > 0 else "shorter"
     return (
         f"The sampled answers have become {change} ({first:.0f} to {now:.0f} tokens), away from the chosen ones "
-        f"({goal:.0f}): the model learns length. Try --loss sigmoid_norm, --ld-alpha 0.5, or pairs of like length."
+        f"({goal:.0f}): the model learns length. {_cure_of_length(monitor.facts)}"
     )
+
+
+def _cure_of_length(facts: Facts) -> str:
+    if facts.beta is None:
+        return "Look at the lengths of the answers that it learns, or stop earlier."
+    return "Try --loss sigmoid_norm, --ld-alpha 0.5, or pairs of like length."
+
+
+def _not_finite(monitor: Monitor) -> str | None:
+    wrong = [name for name, value in monitor.evaluations[-1].items() if isinstance(value, float) and value != value]
+    if not wrong:
+        return None
+    return f"{wrong[0]} is not a number: lower --learning-rate, or look for broken rows in the held-out data."
 
 
 def _budget(monitor: Monitor) -> str | None:
@@ -174,7 +214,8 @@ def _budget(monitor: Monitor) -> str | None:
         return None
     return (
         f"On its own answers the model diverges by {kl:.2f} nats a token from its base, beyond --kl-budget "
-        f"{monitor.facts.kl_budget:g}: lower --learning-rate, raise --beta, or stop earlier."
+        f"{monitor.facts.kl_budget:g}: lower --learning-rate{'' if monitor.facts.beta is None else ', raise --beta'}, "
+        "or stop earlier."
     )
 
 
@@ -185,4 +226,5 @@ _EVALUATION_CHECKS: dict[str, _Check] = {
     "saturation": _saturation,
     "length_drift": _length_drift,
     "kl": _budget,
+    "not_finite": _not_finite,
 }

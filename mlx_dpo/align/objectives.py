@@ -129,8 +129,9 @@ def discopop(margin: mx.array, beta: float = 0.1, discopop_tau: float = 0.05) ->
     Lu et al. 2024, eq. 5 (arXiv:2406.08414).
     """
     reward = beta * margin
-    blend = mx.sigmoid(reward / discopop_tau)
-    return (1 - blend) * -_log_sigmoid(reward) + blend * mx.exp(-reward)
+    size = reward / discopop_tau
+    # One exponent for share and exponential loss: apart they are 0 and infinity where the margin is far below 0.
+    return mx.sigmoid(-size) * -_log_sigmoid(reward) + mx.exp(_log_sigmoid(size) - reward)
 
 
 def sigmoid_norm(token_margin: mx.array, beta: float = 5.0) -> mx.array:

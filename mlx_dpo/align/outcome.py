@@ -9,7 +9,6 @@ from mlx_dpo.align.demands import loss_of
 from mlx_dpo.align.history import Row
 from mlx_dpo.align.options import TrainOptions
 
-_PER_TOKEN = {"chosen_mean", "policy_token_margin"}
 _NONE_HELD_OUT = "No pairs were held out, so nothing here says how well this carries over to new questions."
 _BRACKETS = (
     "In brackets stand 95% intervals: other held-out examples of the same kind would probably have given a number in "
@@ -56,24 +55,10 @@ def table(options: TrainOptions, rows: Sequence[Row], kept: int) -> str:
     )
 
 
-def logps_are_means(options: TrainOptions) -> bool:
-    """Whether the answers' log-probabilities are logged as means per token, as the objective has them."""
-    return bool(loss_of(options).quantities & _PER_TOKEN)
-
-
-def chosen_shift(row: Row) -> float | None:
-    """What the held-out chosen answers gained since before the first step, in nats; None where it is not known."""
-    if "eval_logps/chosen_shift" in row:
-        return row["eval_logps/chosen_shift"]
-    if "eval_rewards/chosen" in row or "eval_logps/chosen_reference" not in row:
-        return None
-    return row["eval_logps/chosen"] - row["eval_logps/chosen_reference"]
-
-
 def _in_words(options: TrainOptions, row: Row) -> str:
-    accuracy, shift, count = row.get("eval_rewards/accuracies"), chosen_shift(row), row.get("eval_pairs", 0)
+    accuracy, shift = row.get("eval_rewards/accuracies"), row.get("eval_logps/chosen_shift")
     what = "pairs" if accuracy is not None else "answers"
-    words = f"The numbers are of {count} held-out {what}, which were not trained on."
+    words = f"The numbers are of {row.get('eval_pairs', 0)} held-out {what}, which were not trained on."
     if accuracy is not None:
         than = " more than it did before training" if loss_of(options).needs_reference else " to the rejected one"
         words += f" In <b>{accuracy:.0%}</b> of them the model prefers the chosen answer{than}."
@@ -87,59 +72,58 @@ def _in_words(options: TrainOptions, row: Row) -> str:
 
 def _measures(options: TrainOptions, row: Row) -> Iterator[_Measure]:
     """The measures that an evaluation has."""
-    means, refers = logps_are_means(options), loss_of(options).needs_reference
-    every = [
-        _Measure(
-            "Prefers the chosen answer (reward accuracy)",
-            "Share of pairs in which the chosen answer "
-            + ("gained more than the rejected one since before training." if refers else "has the higher reward."),
-            "{:.0%}".format,
-            _logged("eval_rewards/accuracies"),
-        ),
-        _Measure(
-            "Prefers the chosen answer, per token",
-            "Share of pairs in which the chosen answer's tokens are likelier on average than the rejected one's.",
-            "{:.0%}".format,
-            _logged("eval_logps/preferred_per_token"),
-            row.get("eval_logps/preferred_per_token_reference"),
-        ),
-        _Measure(
-            "Margin",
-            "Reward of the chosen answer minus that of the rejected one, on average.",
-            _signed(2),
-            _logged("eval_rewards/margins"),
-            0.0 if refers else None,
-        ),
-        _Measure(
-            "Log-probability of the chosen answers",
-            f"Nats{' a token' if means else ''}, on average; nearer to 0 is likelier.",
-            _signed(2 if means else 1),
-            _logged("eval_logps/chosen"),
-            None if means else row.get("eval_logps/chosen_reference"),
-        ),
-        _Measure(
-            "Its change since before training",
-            "Nats an answer, on average; below 0 the model has become less likely to give them.",
-            _signed(1),
-            _shift,
-            0.0,
-        ),
+    loss = loss_of(options)
+    every = (
+        *_of_preferences(row, loss.needs_reference),
+        *_of_answers(row, loss.takes_means),
         _Measure("Loss", "What training minimises; lower is better.", "{:.3f}".format, _logged("eval_loss")),
-    ]
+    )
     return (measure for measure in every if measure.at(row) is not None)
+
+
+def _of_preferences(row: Row, refers: bool) -> Iterator[_Measure]:
+    than = "gained more than the rejected one since before training" if refers else "has the higher reward"
+    yield _Measure(
+        "Prefers the chosen answer (reward accuracy)",
+        f"Share of pairs in which the chosen answer {than}.",
+        "{:.0%}".format,
+        _logged("eval_rewards/accuracies"),
+    )
+    yield _Measure(
+        "Prefers the chosen answer, per token",
+        "Share of pairs in which the chosen answer's tokens are likelier on average than the rejected one's.",
+        "{:.0%}".format,
+        _logged("eval_logps/preferred_per_token"),
+        row.get("eval_logps/preferred_per_token_reference"),
+    )
+    yield _Measure(
+        "Margin",
+        "Reward of the chosen answer minus that of the rejected one, on average.",
+        _signed(2),
+        _logged("eval_rewards/margins"),
+        0.0 if refers else None,
+    )
+
+
+def _of_answers(row: Row, means: bool) -> Iterator[_Measure]:
+    yield _Measure(
+        "Log-probability of the chosen answers",
+        f"Nats{' a token' if means else ''}, on average; nearer to 0 is likelier.",
+        _signed(2 if means else 1),
+        _logged("eval_logps/chosen"),
+        None if means else row.get("eval_logps/chosen_reference"),
+    )
+    yield _Measure(
+        "Its change since before training",
+        "Nats an answer, on average; below 0 the model has become less likely to give them.",
+        _signed(1),
+        _logged("eval_logps/chosen_shift"),
+        0.0,
+    )
 
 
 def _logged(key: str) -> Callable[[Row], _Value | None]:
     return lambda row: (row[key], row.get(f"{key}_low"), row.get(f"{key}_high")) if key in row else None
-
-
-def _shift(row: Row) -> _Value | None:
-    shift = chosen_shift(row)
-    return (
-        None
-        if shift is None
-        else (shift, row.get("eval_logps/chosen_shift_low"), row.get("eval_logps/chosen_shift_high"))
-    )
 
 
 def _signed(digits: int) -> _Writing:

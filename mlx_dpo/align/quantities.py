@@ -127,6 +127,7 @@ def divergence_score(ratio: mx.array, divergence: Divergence, f_alpha: float) ->
 
 _PROVIDED = {name for name, value in vars(Quantities).items() if isinstance(value, property)}
 OF_REFERENCE = frozenset({"margin", "token_margin", "chosen_ratio", "rejected_ratio", "reference_margin", "kl"})
+OF_MEANS = frozenset({"chosen_mean", "rejected_mean", "policy_token_margin"})
 OF_DIVERGENCE = frozenset({"margin", "token_margin"})
 NAMES = frozenset(_PROVIDED)
 

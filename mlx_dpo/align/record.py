@@ -1,6 +1,7 @@
 """The files of a run: its options, its numbers step by step, its manifest."""
 
 import json
+import os
 import shlex
 import tomllib
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 import tomli_w
 
+from mlx_dpo.align.options import defaults, flag
 from mlx_dpo.models.adapters import WEIGHTS
 from mlx_dpo.models.weights import read_json, weight_files
 from mlx_dpo.refusal import Refusal
@@ -24,6 +26,9 @@ _FREE_TO_CHANGE = {
     "eval-every", "save-every", "keep-checkpoints", "memory-limit", "grad-checkpoint", "on-displacement", "kl-budget",
     "track", "model", "data", "out", "adapter",
 }  # fmt: skip
+
+
+_STARTING = {"resume", "dry-run"}  # say how to start, and are not recorded
 
 
 def write_options(out: Path, options: dict[str, Any]) -> None:
@@ -52,9 +57,12 @@ def resume_command(out: Path) -> str:
 
 def refuse_other_options(out: Path, options: dict[str, Any]) -> None:
     """Raise Refusal where a resumed run would compute something else than the one that was begun."""
-    before = read_options(out)
+    # An option that an older version did not know was at its default.
+    usual = {flag(name).removeprefix("--"): value for name, value in defaults().items()}
+    before = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    before |= read_options(out)
     now = tomllib.loads(tomli_w.dumps({k: v for k, v in options.items() if v is not None}))
-    for name in sorted((before.keys() | now.keys()) - _FREE_TO_CHANGE):
+    for name in sorted((before.keys() | now.keys()) - _FREE_TO_CHANGE - _STARTING):
         if before.get(name) != now.get(name):
             raise Refusal(
                 f"--{name} is {now.get(name)} here and {before.get(name)} in {out / RUN}: resume with the run's own "
@@ -82,12 +90,35 @@ class Rows:
         for listener in self.listeners:
             listener(row)
 
+    def put(self, row: dict[str, Any]) -> None:
+        """Append a row of an evaluation, in the place of one of the same step that a kill left behind."""
+        kept = [old for old in self.rows if old["step"] != row["step"] or "loss" in old or "rescue" in old]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            write_rows(self.path, kept)
+        self.add(row)
+
+    def sync(self) -> None:
+        """Let what was written outlast a power cut."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
     def take_back(self, step: int, rescue: dict[str, Any]) -> None:
         """Move the rows after `step` into a row that says of the rescue why."""
         abandoned = [row for row in self.rows if row["step"] > step]
         self.rows = [row for row in self.rows if row["step"] <= step]
         self.rows.append({"step": step, **rescue, "abandoned": abandoned})
         write_rows(self.path, self.rows)
+
+
+def refuse_lost_rows(out: Path, steps_done: int) -> None:
+    """Raise Refusal where metrics.jsonl lacks steps that a checkpoint has gone beyond."""
+    there = {row["step"] for row in read_metrics(out) if "loss" in row}
+    if steps_done and not there >= set(range(1, steps_done + 1)):
+        raise Refusal(
+            f"{out / METRICS} lacks rows of the {steps_done} steps that were taken, and without them the run would "
+            "not be watched as it was: restore the file, or start anew in another --out."
+        )
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -138,10 +169,11 @@ def start_facts(adapter: Path | None) -> dict[str, str] | None:
     return None if adapter is None else {"adapter": str(adapter), "sha256": sha256_of(adapter / WEIGHTS)}
 
 
-def origin(model: Path, adapter: Path | None, data: str) -> dict[str, Any]:
-    """What a run begins with, by hash: the model's weights, the start adapter's if any, and the data's."""
+def origin(model: Path, adapter: Path | None, data: list[str], questions: str) -> dict[str, Any]:
+    """What a run begins with, by hash: the model's weights, the start adapter's if any, the data's, the questions'."""
     start = sha256_of(adapter / WEIGHTS) if adapter else None
-    return {"model": sorted(base_hashes(model).values()), "adapter": start, "data": data}
+    model_hashes = sorted(base_hashes(model).values())
+    return {"model": model_hashes, "adapter": start, "data": data, "questions": questions}
 
 
 def refuse_other_origin(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from mlx_dpo.align.mixture import Mixture
+from mlx_dpo.align.monitor import Finding
 from mlx_dpo.align.trainer import Trainer
 
 MOST = 4  # rescues before a run is given up
@@ -25,13 +26,13 @@ class Rescue(NamedTuple):
         return f"with the learning rate times {self.rate_factor:g}"
 
 
-def next_rescue(called_at: int, back_to: int, terms: Mixture, rescues: list[Rescue], reason: str) -> Rescue:
-    """The sft term where the loss has none yet, half the learning rate otherwise."""
+def next_rescue(called_at: int, back_to: int, terms: Mixture, rescues: list[Rescue], found: Finding) -> Rescue:
+    """The sft term where the loss has none yet and that could help, half the learning rate otherwise."""
     before = rescues[-1].rate_factor if rescues else 1.0
     weight = terms.likelihood_weight
-    if not weight:
-        return Rescue(called_at, back_to, _SFT_WEIGHT, before, reason)
-    return Rescue(called_at, back_to, weight, before * _RATE, reason)
+    if not weight and found.kind == "displacement":
+        return Rescue(called_at, back_to, _SFT_WEIGHT, before, found.text)
+    return Rescue(called_at, back_to, weight, before * _RATE, found.text)
 
 
 def apply(trainer: Trainer, rescues: list[Rescue]) -> None:

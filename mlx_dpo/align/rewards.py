@@ -6,10 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_dpo.align.mixture import Mixture
-from mlx_dpo.align.scores import Answers, Scores, having
+from mlx_dpo.align.scores import Answers, Scores, having, present
 from mlx_dpo.data.tokenised import TokenisedPair
 
-_PER_TOKEN = {"chosen_mean", "policy_token_margin"}
 _LEAST_GROWTH = 0.1  # nats a pair
 
 
@@ -66,11 +65,11 @@ def rewards(
     per token where the objective takes that (SimPO, ORPO). There is none in SFT, where `beta` is None.
     """
     up, down = having(pairs, indices, "chosen"), having(pairs, indices, "rejected")
-    here = Scores(policy.chosen.part(up), policy.rejected.part(down))
-    logps = logged_logps(here, pairs, up, down, mixture)
+    here = present(policy, pairs, indices)
+    logps = logged_logps(policy, pairs, indices, mixture)
     shift, opening, values = here.chosen.logps[:0], None, logps
     if reference is not None:
-        there = Scores(reference.chosen.part(up), reference.rejected.part(down))
+        there = present(reference, pairs, indices)
         shift = here.chosen.plain - there.chosen.plain
         opening = opening_share(here, there) if up == down else None
         if mixture.needs_reference:
@@ -89,16 +88,17 @@ def rewards(
 
 
 def logged_logps(
-    scores: Scores, pairs: Sequence[TokenisedPair], up: list[int], down: list[int], mixture: Mixture
-) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probabilities that are logged of the chosen answers `up` and the rejected ones `down`, (answers,) each.
+    scores: Scores, pairs: Sequence[TokenisedPair], indices: Sequence[int], mixture: Mixture
+) -> list[np.ndarray]:
+    """The log-probabilities that are logged of the chosen and of the rejected answers of `indices`, (answers,) each.
 
-    Sums over tokens, or their means where the objective takes those.
+    Sums over tokens, or their means where the objective takes those; `scores` has a place for every example of `pairs`.
     """
-    if not mixture.quantities & _PER_TOKEN:
-        return scores.chosen.logps, scores.rejected.logps
-    chosen, rejected = ([len(pairs[i].chosen) for i in up], [len(pairs[i].rejected) for i in down])
-    return scores.chosen.logps / np.array(chosen), scores.rejected.logps / np.array(rejected)
+    found = [numbers.logps for numbers in present(scores, pairs, indices)]
+    if not mixture.takes_means:
+        return found
+    tokens = ([len(getattr(pairs[i], side)) for i in having(pairs, indices, side)] for side in Scores._fields)
+    return [logps / np.array(lengths) for logps, lengths in zip(found, tokens, strict=True)]
 
 
 def opening_share(policy: Scores, reference: Scores) -> float | None:

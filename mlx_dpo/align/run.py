@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from mlx_dpo.align import checkpoint, record, report, rescue
-from mlx_dpo.align.checkpoint import Checkpoint
 from mlx_dpo.align.events import Evaluated, Event, Finished, Interrupted, Note, Phase, Stepped, Warned
 from mlx_dpo.align.examples import Prepared
 from mlx_dpo.align.held_out import Best, HeldOut, Scorer
@@ -37,39 +37,59 @@ class Run:
         prepared: Prepared,
         order: Order,
         steps: int,
+        home: Path | None = None,
     ):
-        """Take a model whose adapter is attached; nothing is written yet."""
+        """Take a model whose adapter is attached; nothing is written yet.
+
+        `home` is the folder whose run.toml goes on with the run, where that is not --out.
+        """
         self.options, self.loaded, self.shape, self.prepared, self.order = options, loaded, shape, prepared, order
         self.started = time.perf_counter()
         self.steps = steps
+        self.resume_command = record.resume_command(home or options.out)
         self.scorer = Scorer(loaded, parts(loaded.model), options)
         self.held_out = HeldOut(self.scorer, prepared, Loss.of(options))
-        self.origin = record.origin(options.model, options.adapter, prepared.fingerprint)
+        *data, questions = prepared.origin
+        self.origin = record.origin(options.model, options.adapter, data, questions)
         self.checkpoints = options.out / record.CHECKPOINTS
         self.best = Best(self.checkpoints, options)
         self.rescues: list[Rescue] = []
-        self.healthy = 0
 
     def events(self, stop: Callable[[], bool]) -> Iterator[Event]:
         """Train from where the run stands to its end, or until `stop` says so after a step."""
         with ExitStack() as trackers:
             yield from self._begin(trackers)
-            trainer, options = self.trainer, self.options
-            while trainer.steps_done < self.steps and not self.best.is_over(self.metrics.rows):
-                found = yield from self._stepped()
-                done = trainer.steps_done
-                if options.eval_every and done and done % options.eval_every == 0 and done < self.steps and not found:
-                    found = yield from self._evaluation()
-                if found and options.on_displacement != "warn":
+            # A run that was stopped for what is wrong with it is not let go on as if nothing had been.
+            found = self._acted_on(self.monitor.displacement()) if self.options.resume else None
+            while found or not (self._is_over() and self._is_evaluated()):
+                if found:
                     yield from self._displaced(found)
-                    continue
-                if stop() and done < self.steps:
+                    found = None
+                elif self._is_over():
                     self._save()
-                    yield Interrupted(done, record.resume_command(options.out))
-                    return
-                if options.save_every and done % options.save_every == 0:
-                    self._save()
+                    found = yield from self._evaluation()
+                else:
+                    found = yield from self._advanced()
+                    if stop() and not found and not self._is_over():
+                        self._save()
+                        yield Interrupted(self.trainer.steps_done, self.resume_command)
+                        return
             yield from self._finish()
+
+    def _is_over(self) -> bool:
+        return self.trainer.steps_done >= self.steps or self.best.is_over(self.metrics.rows)
+
+    def _advanced(self) -> Iterator[Any]:
+        """Take a step, with the evaluation and the checkpoint that are due; returns what has to be acted on."""
+        found = yield from self._stepped()
+        done, options = self.trainer.steps_done, self.options
+        if found or done == self.steps:
+            return found
+        if options.eval_every and done % options.eval_every == 0:
+            found = yield from self._evaluation()
+        if options.save_every and done % options.save_every == 0 and not found:
+            self._save()
+        return found
 
     def _begin(self, trackers: ExitStack) -> Iterator[Event]:
         """Find the checkpoint, score the reference, check the start, answer the sample questions."""
@@ -82,20 +102,21 @@ class Run:
         model = self.loaded.model
         self.trainer = Trainer(model, self.scorer.cut, train, self.order, loss, options, self.steps)
         self.trainer.check_start()
-        record.write_options(options.out, as_toml(options))
         self.rescues = rescue.from_numbers(found.state.numbers["rescues"]) if found else []
         done = found.state.numbers["steps_done"] if found else 0
+        record.refuse_lost_rows(options.out, done)
+        record.write_options(options.out, as_toml(options))
         self.metrics = record.Rows(options.out / record.METRICS, done, len(self.rescues))
         self.samples = record.Rows(options.out / record.SAMPLES, done)
         for kind in options.track:
             self.metrics.listeners.append(trackers.enter_context(tracked(kind, options.out, as_toml(options))))
         if not self.samples.rows:
             yield from self._answered(0)
+        self._watch()
+        if options.on_displacement == "rescue" and checkpoint.at(self.checkpoints, 0) is None:
+            self._save()  # what a rescue of the first steps goes back to
         if options.resume:
             yield from self._resumed(found)
-        self._watch()
-        if found is None and options.on_displacement == "rescue":
-            self._save()  # what a rescue of the first steps goes back to
 
     def _as_reference(self) -> AbstractContextManager[None]:
         """The model as the reference: as it starts from an adapter, or without any."""
@@ -119,95 +140,111 @@ class Run:
         yield Note(f"Going on after step {self.trainer.steps_done} ({found.path.name}).")
 
     def _watch(self) -> None:
-        """Watch the run from the rows that there are; a healthy step is one that a rescue may go back to."""
+        """Watch the run from what it has written so far."""
         answers = [len(pair.chosen) for pair in self.prepared.train if pair.chosen]
         loss = self.trainer.loss
-        facts = Facts(self.options.kl_budget, loss.beta, fmean(answers or [1]), loss.terms.likelihood_weight > 0)
-        self.monitor = Monitor(facts)
-        self.healthy = 0
-        for row in self.metrics.rows:
-            if "loss" in row:
-                self.monitor.step(row)
-                self._mark_healthy(row["step"])
-        evaluations = {row["step"]: row for row in self.metrics.rows if "eval_loss" in row}
-        samples = {row["step"]: row for row in self.samples.rows}
-        for step in sorted(evaluations.keys() | samples.keys()):
-            self.monitor.evaluation(evaluations.get(step, {}), samples.get(step, {}))
+        facts = Facts(
+            kl_budget=self.options.kl_budget,
+            beta=loss.beta,
+            chosen_tokens=fmean(answers or [1]),
+            has_likelihood=loss.terms.likelihood_weight > 0,
+            has_reference=loss.terms.needs_reference,
+        )
+        self.monitor = Monitor(facts, self.rescues[-1].back_to if self.rescues else 0)
+        self.monitor.replay(self.metrics.rows, self.samples.rows)
 
-    def _mark_healthy(self, step: int) -> None:
-        """Let a rescue go back to a checkpoint once the steps after it, which saw its adapter, have been well."""
-        saved, every = step - PROBATION, self.options.save_every
-        if every and saved > 0 and saved % every == 0 and self.monitor.is_healthy():
-            self.healthy = saved
+    def _refuges(self) -> list[int]:
+        """The steps with a checkpoint that a rescue may go back to, the best first.
+
+        Those that --save-every asks for come before others, so that it does not matter whether a run was interrupted.
+        """
+        every = self.options.save_every
+        regular = {step for step in checkpoint.steps(self.checkpoints) if step == 0 or (every and step % every == 0)}
+        healthy = [step for step in checkpoint.steps(self.checkpoints) if step <= self.monitor.healthy]
+        return sorted(healthy, key=lambda step: (step in regular, step), reverse=True)
+
+    def _acted_on(self, found: Finding | None) -> Finding | None:
+        """What --on-displacement asks to act on, None where it is only to be said."""
+        acts = self.options.on_displacement != "warn" and found is not None and found.kind in _NEEDS_RESCUE
+        return found if acts else None
 
     def _stepped(self) -> Iterator[Any]:
-        """Take a step; returns what was found wrong where a rescue or a stop is called for, None otherwise."""
+        """Take a step; returns what has to be acted on."""
         try:
             numbers = self.trainer.step()
         except NotFinite as fault:
             if self.options.on_displacement == "rescue":
-                return Finding("not_finite", str(fault))
+                found = [Finding("not_finite", str(fault))]
+                return (yield from self._recorded({"step": self.trainer.steps_done + 1}, found))
             self._save()
             raise Refusal(f"{fault} What was learnt until step {self.trainer.steps_done} is saved.") from fault
-        serious = yield from self._recorded(numbers, self.monitor.step(numbers))
-        self._mark_healthy(self.trainer.steps_done)
+        found = yield from self._recorded(numbers, self.monitor.step(numbers))
         yield Stepped(numbers, self.steps)
-        return serious
+        return found
 
     def _evaluation(self) -> Iterator[Any]:
         """Score the held-out pairs, over all of them at once, and answer the questions; returns as `_stepped`."""
         done = self.trainer.steps_done
         row = yield from self.held_out.evaluation(done)
-        sample = yield from self._answered(done)
-        findings = self.monitor.evaluation(row or {}, sample)
-        if row is None and not findings:
-            return None
-        serious = yield from self._recorded(row or {"step": done}, findings)
-        self.best.consider(self.metrics.rows, self.trainer.checkpoint())
+        sample = yield from self.held_out.answers(done)
+        findings = self.monitor.evaluation(row or {}, sample or {})
+        found = None
+        if row is not None or findings:
+            found = yield from self._recorded(row or {"step": done}, findings)
+            self.best.consider(self.metrics.rows, self.trainer.checkpoint())
+        if sample is not None:  # last, as that says that the step was looked at
+            self.samples.put(sample)
         if row is not None:
             yield Evaluated(row)
-        return serious
+        return found
 
-    def _answered(self, step: int) -> Iterator[Any]:
+    def _answered(self, step: int) -> Iterator[Event]:
         sample = yield from self.held_out.answers(step)
         if sample is not None:
-            self.samples.add(sample)
-        return sample or {}
+            self.samples.put(sample)
 
     def _recorded(self, row: dict[str, Any], findings: list[Finding]) -> Iterator[Any]:
-        """Write a row with what was found wrong; returns the finding that calls for a rescue, if any."""
+        """Write a row with what was found wrong; returns what has to be acted on."""
         if findings:
             row["warnings"] = [finding._asdict() for finding in findings]
-        self.metrics.add(row)
+        if "loss" in row:
+            self.metrics.add(row)
+        else:
+            self.metrics.put(row)
         for finding in findings:
             yield Warned(row["step"], finding)
-        return next((finding for finding in findings if finding.kind in _NEEDS_RESCUE), None)
+        return next((finding for finding in findings if self._acted_on(finding)), None)
 
     def _displaced(self, found: Finding) -> Iterator[Event]:
         """Stop with everything saved, or go back to the last healthy checkpoint and go on from there."""
         done = self.trainer.steps_done
         if self.options.on_displacement == "stop" or len(self.rescues) >= rescue.MOST:
-            self._save()
-            gave_up = f"{len(self.rescues)} rescues did not help. " if self.rescues else ""
-            raise Refusal(
-                f"Stopped after step {done}; everything is saved. {gave_up}{found.text} To go on all the same: "
-                f"{record.resume_command(self.options.out)} --on-displacement warn"
-            )
-        state = checkpoint.at(self.checkpoints, self.healthy)
+            self._give_up(found, f"{len(self.rescues)} rescues did not help. " if self.rescues else "")
+        refuges = ((step, checkpoint.at(self.checkpoints, step)) for step in self._refuges())
+        back_to, state = next(((step, state) for step, state in refuges if state is not None), (0, None))
         if state is None:
-            raise Refusal(f"{self.checkpoints} lacks the healthy checkpoint of step {self.healthy}: start anew.")
-        made = rescue.next_rescue(done, self.healthy, self.trainer.loss.terms, self.rescues, found.text)
+            self._give_up(found, "No healthy checkpoint is left to go back to. ")
+            return
+        made = rescue.next_rescue(done, back_to, self.trainer.loss.terms, self.rescues, found)
         self.rescues.append(made)
         # In this order a run that is killed in between finds the old checkpoint, and comes to the same rescue.
-        checkpoint.drop_after(self.checkpoints, self.healthy)
-        self.best.forget_after(self.healthy)
-        self.metrics.take_back(self.healthy, {"rescue": len(self.rescues)} | made._asdict())
-        self.samples = record.Rows(self.samples.path, self.healthy)
+        checkpoint.drop_after(self.checkpoints, back_to)
+        self.best.forget_after(back_to)
+        self.metrics.take_back(back_to, {"rescue": len(self.rescues)} | made._asdict())
+        self.samples = record.Rows(self.samples.path, back_to)
         self.trainer.restore(state)
         rescue.apply(self.trainer, self.rescues)
         self._save()
         self._watch()
-        yield Note(f"Rescued: back to step {self.healthy}, and on {made.in_words()}.")
+        yield Note(f"Rescued: back to step {back_to}, and on {made.in_words()}.")
+
+    def _give_up(self, found: Finding, why: str) -> None:
+        self._save()
+        way_out = f"To go on all the same: {self.resume_command} --on-displacement warn"
+        if found.kind == "not_finite":
+            way_out = "Start anew with a lower --learning-rate."
+        done = self.trainer.steps_done
+        raise Refusal(f"Stopped after step {done}; everything is saved. {why}{found.text} {way_out}")
 
     def _save(self) -> None:
         state = self.trainer.checkpoint()
@@ -215,15 +252,15 @@ class Run:
         state.numbers["rescues"] = rescue.as_numbers(self.rescues)
         done, pinned = self.trainer.steps_done, set[int]()
         if self.options.on_displacement == "rescue":
-            pinned = {self.healthy, *range(done - PROBATION, done)}
+            pinned = {0, *self._refuges()[:1], *range(done - PROBATION, done)}
+        self.metrics.sync()
         checkpoint.save(self.checkpoints, done, state, self.options.keep_checkpoints, pinned)
+        self.best.prune(self.metrics.rows)
 
     def _finish(self) -> Iterator[Event]:
-        """Evaluate, write the report, the adapter and, last, the manifest, which ends a run."""
+        """Write the report, the adapter and, last, the manifest, which ends a run."""
         adapters.check_finite(adapters.adapter_weights(self.loaded.model), "The trained adapter")
         self._save()
-        if not self._is_evaluated():
-            yield from self._evaluation()
         kept = yield from self._kept()
         yield Phase("Writing the report", 0, 1)
         out, rows = self.options.out, self.metrics.rows
@@ -248,22 +285,23 @@ class Run:
 
     def _kept(self) -> Iterator[Any]:
         """Take the adapter that --keep asks for, and return its step."""
-        best: Checkpoint | None = self.best.adapter(self.metrics.rows)
         done = self.trainer.steps_done
-        if best is not None and best.numbers["steps_done"] != done:
-            self.trainer.restore_adapter(best)
-            yield Note(f"Keeping the adapter of step {best.numbers['steps_done']}, whose evaluation was the best.")
-            return best.numbers["steps_done"]
         if done < self.steps:
             yield Note(f"Ended after {done} of {self.steps} steps: the evaluations got no better.")
-        return done
+        best, words = self.best.adapter(self.metrics.rows)
+        if best is None or best.numbers["steps_done"] != done:
+            yield from [Note(words)] if words else []
+        if best is None:
+            return done
+        self.trainer.restore_adapter(best)
+        return best.numbers["steps_done"]
 
     def _is_evaluated(self) -> bool:
         """Whether the step that the run stands at was evaluated before it was stopped or killed."""
         at = self.trainer.steps_done
         evaluated = any(row["step"] == at and "eval_loss" in row for row in self.metrics.rows)
         answered = any(row["step"] == at for row in self.samples.rows)
-        return (evaluated or not self.held_out.pairs) and (answered or not self.held_out.questions)
+        return (evaluated or not self.held_out.pairs) and (answered or not self.held_out.asked)
 
     def _samples(self, step: int) -> list[report.Sample]:
         """What was answered before the first step and at `step`."""

@@ -150,16 +150,34 @@ def put(found: Scores, scores: Scores, pairs: Sequence[TokenisedPair], indices: 
             into[places] = np.array(values)
 
 
+def present(scores: Scores, pairs: Sequence[TokenisedPair], indices: Sequence[int]) -> Scores:
+    """The numbers of the answers that the examples `indices` have, side by side as a batch has them.
+
+    `scores` has a place for every example of `pairs`.
+    """
+    return Scores(*(getattr(scores, side).part(having(pairs, indices, side)) for side in Scores._fields))
+
+
 def mismatched(pairs: Sequence[TokenisedPair], block: int) -> list[TokenisedPair]:
     """Each example's prompt with the answer before it, cyclically within blocks of `block` examples in data order.
 
-    KTO estimates the policy's divergence from these, the pairing being that of TRL 1.16.
+    KTO estimates the policy's divergence from these, the pairing being that of TRL 1.16, but that a last example which
+    would be a block by itself joins the one before, lest it meet its own answer; a single example in all does meet it.
+    Nothing is cut: a long prompt with a long answer may have more tokens than any example.
     """
     made = []
-    for start in range(0, len(pairs), block):
-        group = pairs[start : start + block]
+    for start, end in _blocks(len(pairs), block):
+        group = pairs[start:end]
         made += [
             TokenisedPair(pair.prompt, group[place - 1].chosen or group[place - 1].rejected, [], pair.source)
             for place, pair in enumerate(group)
         ]
     return made
+
+
+def _blocks(count: int, block: int) -> list[tuple[int, int]]:
+    """Start and end of each block of `block` examples, a lone last one taken into the block before it."""
+    starts = list(range(0, count, block))
+    if count > block and count - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count], strict=True))

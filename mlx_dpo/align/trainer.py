@@ -18,7 +18,7 @@ from mlx_dpo.align.optimizers import optimizer, set_rate
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.align.rewards import rewards
 from mlx_dpo.align.schedule import learning_rate, warmup_steps
-from mlx_dpo.align.scores import Scores, batch_scores, empty_scores, put
+from mlx_dpo.align.scores import Scores, batch_scores, empty_scores, having, present, put
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.adapters import adapter_weights
@@ -111,7 +111,7 @@ class Trainer:
         """Loss and gradient over all batches of a step."""
         window = self.loss.window(self.pairs, [i for batch in batches for i in batch])
         kl = self._divergence(window)
-        slopes = self._slopes(batches, window, kl) if self.loss.terms.is_coupled and len(batches) > 1 else None
+        slopes = self._slopes(batches, window) if self.loss.terms.is_coupled and len(batches) > 1 else None
         total, gradients, found = 0.0, None, empty_scores(len(self.pairs))
         self.model.train()
         for number, batch in enumerate(batches):
@@ -144,7 +144,7 @@ class Trainer:
         self.model.update(before)
         return value, scores, gradients
 
-    def _slopes(self, batches: list[list[int]], window: Window, kl: float | None) -> "_Slopes":
+    def _slopes(self, batches: list[list[int]], window: Window) -> "_Slopes":
         """How the loss of the whole window changes with each answer, where pairs of different batches are coupled."""
         found = empty_scores(len(self.pairs))
         self.model.train()
@@ -154,7 +154,7 @@ class Trainer:
             mx.eval(scores)
             put(found, scores, self.pairs, batch)
             mx.clear_cache()
-        return _Slopes(self.loss, found, self.pairs, [i for batch in batches for i in batch], window, kl)
+        return _Slopes(self.loss, found, self.pairs, window)
 
     def _divergence(self, window: Window) -> float | None:
         """The policy's divergence from the reference that KTO measures rewards from, over the window, at least 0."""
@@ -176,7 +176,7 @@ class Trainer:
         self.model.eval()
         scores = batch_scores(self.model, self.cut, [self.pairs[i] for i in batch], self.loss.sums)
         for side in Scores._fields:
-            places = [i for i in batch if getattr(self.pairs[i], side)]
+            places = having(self.pairs, batch, side)
             values = np.array(getattr(scores, side).plain)
             if not np.isfinite(values).all():
                 worst = self.pairs[places[int(np.isfinite(values).argmin())]].source
@@ -219,14 +219,13 @@ class _Slopes:
     gradient that one large batch would.
     """
 
-    def __init__(
-        self, loss: Loss, found: Scores, pairs: Sequence[TokenisedPair], indices: list[int], window: Window,
-        kl: float | None,
-    ):  # fmt: skip
-        whole = Scores(*(type(side)(*(mx.array(v[indices]) for v in side)) for side in found))
-        value, slopes = mx.value_and_grad(lambda scores: loss.share(scores, pairs, indices, window, kl))(whole)
+    def __init__(self, loss: Loss, found: Scores, pairs: Sequence[TokenisedPair], window: Window):
+        """Take the numbers found of the window's pairs; `found` has a place for every example of `pairs`."""
+        indices = window.indices
+        whole = tree_map(mx.array, present(found, pairs, indices))
+        # Only pairs are coupled, and only single answers have a divergence.
+        value, self.slopes = mx.value_and_grad(lambda scores: loss.share(scores, pairs, indices, window, None))(whole)
         self.loss, self.place = float(value), {index: place for place, index in enumerate(indices)}
-        self.slopes = slopes
 
     def along(self, scores: Scores, batch: list[int]) -> mx.array:
         """The batch's answers times their slopes, whose gradient is the batch's share of the window's."""

@@ -45,7 +45,7 @@ class AdapterShape:
 
     @property
     def alpha(self) -> float:
-        """PEFT's alpha."""
+        """PEFT's alpha of this scale; that of an rsLoRA, which divides by √rank, is √rank times smaller."""
         return self.scale * self.rank
 
 

@@ -150,8 +150,3 @@ def _picked_with_squares(logits: mx.array, targets: mx.array) -> mx.array:
 def row_sums(values: mx.array, rows: Rows) -> mx.array:
     """Sums of per-token values over each row, (rows,)."""
     return mx.zeros((rows.tokens.shape[0],), dtype=values.dtype).at[rows.row_of].add(values)
-
-
-def row_lengths(rows: Rows) -> mx.array:
-    """Response tokens in each row, (rows,) float32."""
-    return row_sums(mx.ones(rows.targets.shape), rows)

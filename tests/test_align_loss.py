@@ -211,6 +211,21 @@ def test_evaluation_is_the_loss_of_all_pairs_at_once(tiny_folder: Folder, loss: 
         assert found["eval_logps/preferred_per_token"] == np.mean(better)
 
 
+def test_answers_alone_are_evaluated_by_their_change_and_have_no_rewards(tiny_folder: Folder):
+    loaded = runs.adapted(tiny_folder("llama"), seed=6)
+    trainer = runs.trainer(loaded, method="sft")
+    start = runs.reference(loaded, trainer.pairs, trainer.loss)
+    *_, policy = scored(loaded.model, parts(loaded.model), trainer.pairs, 3, trainer.loss.sums)
+    assert isinstance(policy, Scores)
+    found = evaluated(policy, start, trainer.pairs, trainer.loss)
+    change = found["eval_logps/chosen"] - found["eval_logps/chosen_reference"]
+    assert found["eval_logps/chosen_shift"] == pytest.approx(change, abs=1e-3)
+    assert abs(change) > 0.1
+    for name in ("logps/chosen_shift", "loss"):
+        assert found[f"eval_{name}_low"] < found[f"eval_{name}"] < found[f"eval_{name}_high"]
+    assert not [name for name in found if "rewards" in name or "rejected" in name]
+
+
 def test_losses_without_a_reference_score_no_reference(tiny_folder: Folder, tmp_path: Path):
     data = runs.write_pairs(tmp_path / "pairs.jsonl")
     for loss, scored_first in (("simpo", 0), ("orpo", 0), ("cpo", 0), ("sigmoid", 8), ("kto", 16)):

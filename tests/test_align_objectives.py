@@ -187,7 +187,7 @@ def test_far_answers_stay_finite(name: str):
         return sum((term.sum() for term in terms), mx.array(0.0))
 
     value, gradient = mx.value_and_grad(total)(mx.array([-1e4, 0.0, -5e3, 0.0, -1e4, -5e3]))
-    assert math.isfinite(value.item())
+    assert np.isfinite(np.array(value))
     assert np.isfinite(np.array(gradient)).all()
 
 

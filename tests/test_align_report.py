@@ -266,7 +266,7 @@ def test_the_held_out_table_has_before_first_and_kept_with_intervals(tmp_path: P
 
 
 def test_only_what_a_method_measures_stands_in_the_table(tmp_path: Path):
-    logps = {"eval_logps/chosen": -180.0, "eval_logps/chosen_reference": -200.0}
+    logps = {"eval_logps/chosen": -180.0, "eval_logps/chosen_reference": -200.0, "eval_logps/chosen_shift": 20.0}
     sft = made(tmp_path, [step(1), {"step": 1, "eval_loss": 1.5, "eval_pairs": 9} | logps], method="sft")
     assert "9 held-out answers" in sft
     assert table(sft) == {

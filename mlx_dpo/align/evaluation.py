@@ -20,7 +20,9 @@ def evaluated(
 
     The interval of the accuracy is Wilson's; those of the margin, of the chosen answers' change and of the loss are
     bootstrapped over examples. Only pairs have one of the accuracy and the margin; the loss has none where pairs are
-    coupled or an example has no chosen answer. `start` is what the model said before the first step, with which the chosen answers' log-probability is compared;
+    coupled or an example has no chosen answer.
+
+    `start` is what the model said before the first step, with which the chosen answers' log-probability is compared;
     `loss` holds the held-out numbers of its reference, and `kl` is its divergence, where it needs them.
     """
     every = list(range(len(pairs)))
@@ -66,9 +68,8 @@ def _named(name: str, low: float, high: float) -> dict[str, float]:
 
 def _loss(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> float:
     every = list(range(len(pairs)))
-    return float(
-        loss.share(tree_map(mx.array, present(policy, pairs, every)), pairs, every, loss.window(pairs, every), kl)
-    )
+    scores = tree_map(mx.array, present(policy, pairs, every))
+    return float(loss.share(scores, pairs, every, loss.window(pairs, every), kl))
 
 
 def _loss_interval(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> dict[str, float]:

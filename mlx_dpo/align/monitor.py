@@ -32,14 +32,14 @@ class Facts(NamedTuple):
     """What the checks measure a run by.
 
     `beta` is None in SFT. `chosen_tokens` is the mean length of the answers that it learns; `has_likelihood` whether
-    their likelihood is part of its loss; `has_reference` whether its loss compares with one.
+    their likelihood is part of its loss; `offers_rescue` whether --on-displacement rescue could be given, and is not.
     """
 
     kl_budget: float
     beta: float | None
     chosen_tokens: float
     has_likelihood: bool
-    has_reference: bool = True
+    offers_rescue: bool = True
 
 
 class Monitor:
@@ -131,7 +131,7 @@ def _cure(facts: Facts) -> str:
         return "Lower --learning-rate by half, or stop earlier (--patience)."
     if facts.has_likelihood:
         return "Lower --learning-rate by half, raise --sft-weight or --beta, or stop earlier."
-    rescue = ", or let --on-displacement rescue do it" if facts.has_reference else ""
+    rescue = ", or let --on-displacement rescue do it" if facts.offers_rescue else ""
     return f"Add --sft-weight 1, lower --learning-rate by half{rescue}."
 
 

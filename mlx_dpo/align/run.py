@@ -148,7 +148,7 @@ class Run:
             beta=loss.beta,
             chosen_tokens=fmean(answers or [1]),
             has_likelihood=loss.terms.likelihood_weight > 0,
-            has_reference=loss.terms.needs_reference,
+            offers_rescue=loss.terms.needs_reference and self.options.on_displacement != "rescue",
         )
         self.monitor = Monitor(facts, self.rescues[-1].back_to if self.rescues else 0)
         self.monitor.replay(self.metrics.rows, self.samples.rows)

@@ -228,7 +228,8 @@ def _staged(tokens: Sequence[str], table: dict[str, Any], source: str) -> int:
         _misused(f"--config {source} has stages, which only mlx_dpo train takes.")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         _misused(f"--config {source}: write each stage as a [[stage]] table.")
-    for name in {key.replace("_", "-") for stage in stages for key in stage} & {"dry-run", "resume"}:
+    if inside := {key.replace("_", "-") for stage in stages for key in stage} & {"dry-run", "resume"}:
+        name = min(inside)
         _misused(f"--config {source} has {name} inside a stage, but it holds for all of them: give it as a flag.")
     parsed = []
     for stage in stages:

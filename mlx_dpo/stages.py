@@ -106,7 +106,7 @@ def _refuse_other_stages(out: Path, stages: Sequence[_Table]) -> None:
             "or start anew in another --out."
         )
     for number, (old, new) in enumerate(zip(before, stages, strict=True), start=1):
-        for name in sorted((old.keys() | new.keys()) - record._FREE_TO_CHANGE):
+        for name in sorted((old.keys() | new.keys()) - record.FREE_TO_CHANGE):
             if old.get(name) != new.get(name):
                 raise Refusal(
                     f"--{name} of stage {number} is {new.get(name)} here and {old.get(name)} in {out / record.RUN}: "
@@ -138,6 +138,8 @@ def _checked(placed: Sequence[TrainOptions]) -> Iterator[Event]:
             ready = train.checked(replace(options, resume=_is_begun(options)), shape)
             if _is_begun(options):
                 _refuse_other_files(ready)
+            if not options.dry_run:
+                ready.refuse_too_large()
             shape = shape_to_be(ready.options, shape, exact=exact)
         except Refusal as fault:
             raise Refusal(f"Stage {number}: {fault}") from fault

@@ -42,6 +42,15 @@ class Checked(NamedTuple):
         yield from _cut_note(self.examples.cut, self.options)
         yield Planned(self.plan)
 
+    def refuse_too_large(self) -> None:
+        """Raise Refusal where the plan takes more memory than may be used."""
+        limit = self.options.memory_limit or machine.describe().memory_limit / 1e9
+        if self.plan.memory_gb > limit:
+            raise Refusal(
+                f"The run would take about {self.plan.memory_gb:.2g} GB and {limit:.2g} GB may be used: lower "
+                "--batch-size or --max-length, add --grad-checkpoint, or raise --memory-limit."
+            )
+
 
 def run(
     options: TrainOptions, stop: Callable[[], bool] = lambda: False, *, home: Path | None = None
@@ -57,6 +66,7 @@ def run(
     options = ready.options
     if options.dry_run:
         return
+    ready.refuse_too_large()
     yield Phase("Loading the model", 0, 1)
     loaded = load_to_compute(options.model)
     shape = attached(loaded, options)
@@ -86,8 +96,6 @@ def checked(options: TrainOptions, start: AdapterShape | None = None) -> Checked
     order = Order(len(examples.train), options.batch_size, options.grad_accumulation, options.seed, options.shuffle)
     plan = planned(options, config, examples.train, examples.valid, order)
     _refuse_endless_warmup(options, plan.steps)
-    if not options.dry_run:
-        _refuse_too_large(plan, options)
     return Checked(options, examples, order, plan)
 
 
@@ -133,13 +141,4 @@ def _refuse_endless_warmup(options: TrainOptions, steps: int) -> None:
         raise Refusal(
             f"--warmup {options.warmup:g} is longer than the whole run ({steps} steps): give fewer steps, or a share "
             "below 1."
-        )
-
-
-def _refuse_too_large(plan: Plan, options: TrainOptions) -> None:
-    limit = options.memory_limit or machine.describe().memory_limit / 1e9
-    if plan.memory_gb > limit:
-        raise Refusal(
-            f"The run would take about {plan.memory_gb:.2g} GB and {limit:.2g} GB may be used: lower --batch-size or "
-            "--max-length, add --grad-checkpoint, or raise --memory-limit."
         )

@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-_FREE_TO_CHANGE = {
+FREE_TO_CHANGE = {
     "eval-every", "save-every", "keep-checkpoints", "memory-limit", "grad-checkpoint", "on-displacement", "kl-budget",
     "track", "model", "data", "out", "adapter",
 }  # fmt: skip
@@ -62,7 +62,7 @@ def refuse_other_options(out: Path, options: dict[str, Any]) -> None:
     before = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
     before |= read_options(out)
     now = tomllib.loads(tomli_w.dumps({k: v for k, v in options.items() if v is not None}))
-    for name in sorted((before.keys() | now.keys()) - _FREE_TO_CHANGE - _STARTING):
+    for name in sorted((before.keys() | now.keys()) - FREE_TO_CHANGE - _STARTING):
         if before.get(name) != now.get(name):
             raise Refusal(
                 f"--{name} is {now.get(name)} here and {before.get(name)} in {out / RUN}: resume with the run's own "

@@ -21,11 +21,13 @@ from mlx_dpo.align.examples import Prepared, prepared
 from mlx_dpo.align.options import TrainOptions, as_toml
 from mlx_dpo.align.plan import Plan, planned
 from mlx_dpo.align.run import Run
+from mlx_dpo.align.schedule import default_rate
 from mlx_dpo.align.tracking import refuse_missing
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import CutCounts
 from mlx_dpo.models.adapters import AdapterShape
 from mlx_dpo.models.load import load_to_compute, read_config
+from mlx_dpo.models.sizes import sizes
 from mlx_dpo.refusal import Refusal
 
 
@@ -86,6 +88,8 @@ def checked(options: TrainOptions, start: AdapterShape | None = None) -> Checked
     for kind in options.track:
         refuse_missing(kind)
     config = read_config(options.model)
+    if options.learning_rate is None:
+        options = replace(options, learning_rate=default_rate(sizes(config).hidden))
     options = with_adapter_shape(options, start)
     if options.resume and options.holdout is None:
         options = replace(options, holdout=record.read_options(options.out).get("holdout"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_dpo.align.schedule import learning_rate, warmup_steps
+from mlx_dpo.align.schedule import default_rate, learning_rate, warmup_steps
 from mlx_dpo.data.batches import Order, by_length
 
 
@@ -66,3 +66,7 @@ def test_constant_schedule_by_hand():
 
 def test_warmup_is_a_share_below_one_and_steps_above():
     assert [warmup_steps(*given) for given in ((0.1, 15), (0.0, 15), (3, 15), (0.5, 9))] == [2, 0, 3, 5]
+
+
+def test_the_rate_that_is_left_open_goes_with_one_over_the_width():
+    assert [default_rate(width) for width in (64, 576, 1152, 4096)] == pytest.approx([1e-3, 1e-3, 5e-4, 1.40625e-4])

@@ -60,7 +60,7 @@ def test_a_loss_that_there_is_not_is_wrong_usage(world: World, capfd: pytest.Cap
 @pytest.mark.parametrize(
     ("flags", "resolved"),
     [
-        ("", {"loss": "sigmoid+sft", "beta": 0.1, "label-smoothing": 0.0}),
+        ("", {"loss": "sigmoid+sft", "beta": 0.1, "label-smoothing": 0.0, "learning-rate": 0.001}),
         ("--loss simpo", {"beta": 2.0, "simpo-gamma": 0.5}),
         ("--loss sigmoid_norm", {"beta": 5.0}),
         ("--loss exo_pair --beta 0.2", {"beta": 0.2, "label-smoothing": 0.001}),

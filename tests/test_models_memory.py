@@ -66,7 +66,14 @@ def measured(case: Case, grad_checkpoint: bool, dropout: float, layers: int | No
     answers = [list(range(5 + case.pairs, 5 + case.pairs + case.response)) for _ in range(2)]
     pair = TokenisedPair(list(range(case.prompt)), answers[0], answers[1], "row")
     options = resolved(
-        TrainOptions(model=Path(), data=Path(), out=Path(), grad_checkpoint=grad_checkpoint, batch_size=case.pairs)
+        TrainOptions(
+            model=Path(),
+            data=Path(),
+            out=Path(),
+            learning_rate=1e-4,
+            grad_checkpoint=grad_checkpoint,
+            batch_size=case.pairs,
+        )  # fmt: skip
     )
     order = Order(case.pairs, case.pairs, 1, 0, shuffle=False)
     loss = replace(Loss.of(options), reference=empty_scores(case.pairs))

@@ -72,8 +72,8 @@ class TrainOptions:
     """KTO's weight of thumbs up. [default: 1]"""
     undesirable_weight: float | None = None
     """KTO's weight of thumbs down. [default: 1]"""
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate. [default: 1e-3 for models up to 576 wide, in inverse proportion for wider ones]"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate goes down after warm-up."""
     warmup: float = 0.0

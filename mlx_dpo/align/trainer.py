@@ -104,6 +104,8 @@ class Trainer:
 
     def _rate(self) -> float:
         peak, schedule, warmup = self.options.learning_rate, self.options.schedule, self.options.warmup
+        if peak is None:
+            raise ValueError("the learning rate was left open")
         rate = learning_rate(self.steps_done, self.steps, peak, schedule, warmup_steps(warmup, self.steps))
         return self.rate_factor * rate
 

@@ -20,9 +20,8 @@ def test_the_golden_is_what_trl_says_today(case: dict):
 
 
 def test_a_pair_is_parted_into_what_trl_parts_it_into():
-    pytest.importorskip("trl")
-    from datasets import Dataset
-    from trl.data_utils import unpair_preference_dataset
+    unpair_preference_dataset = pytest.importorskip("trl.data_utils").unpair_preference_dataset
+    Dataset = pytest.importorskip("datasets").Dataset  # noqa: N806
 
     rows = [{"prompt": f"p {number}", "chosen": f"c {number}", "rejected": f"r {number}"} for number in range(3)]
     theirs = [example(row, "", kind="thumbs") for row in unpair_preference_dataset(Dataset.from_list(rows))]

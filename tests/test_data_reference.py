@@ -19,6 +19,7 @@ def test_the_golden_is_what_trl_says_today(case: dict):
     assert make_tokenised.tokenised(case["template"], case["rows"]) == case["tokens"]
 
 
+@pytest.mark.reference
 def test_a_pair_is_parted_into_what_trl_parts_it_into():
     unpair_preference_dataset = pytest.importorskip("trl.data_utils").unpair_preference_dataset
     Dataset = pytest.importorskip("datasets").Dataset  # noqa: N806

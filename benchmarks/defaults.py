@@ -24,11 +24,12 @@ from mlx_dpo.convert.conversion import convert
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "DEFAULTS.md"
+_PUBLISHED = "--loss sigmoid --learning-rate 2e-4"
 # Flags of `mlx_dpo train`, by the name that they have in the table.
 SETTINGS = {
-    "plain DPO, published β and rate, scale 2": "--loss sigmoid --learning-rate 2e-4",
-    "plain DPO, published β and rate, scale 20, constant": "--loss sigmoid --learning-rate 2e-4 --alpha 160 --schedule constant",
-    "plain DPO, published β and rate, scale 20, rescue": "--loss sigmoid --learning-rate 2e-4 --alpha 160 --on-displacement rescue",
+    "plain DPO, published β and rate, scale 2": _PUBLISHED,
+    "plain DPO, published β and rate, scale 20, constant": f"{_PUBLISHED} --alpha 160 --schedule constant",
+    "plain DPO, published β and rate, scale 20, rescue": f"{_PUBLISHED} --alpha 160 --on-displacement rescue",
     "sigmoid+sft, rate 1e-4": "--learning-rate 1e-4",
     "sigmoid+sft, rate 5e-4": "--learning-rate 5e-4",
     "sigmoid+sft, rate 1e-3": "--learning-rate 1e-3",

@@ -150,6 +150,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder and keep others of this program out of it for as long as the block, or the process, lasts.
+
+    Raises Refusal where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"Another run is writing into {folder}: wait for it, or choose another --out.") from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def refuse_unwritable(out: Path) -> None:
     """Raise Refusal now, not after hours of work, where nothing could be written below `out`."""
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

@@ -13,8 +13,9 @@ import parity
 import pytest
 import runs
 
+from mlx_dpo import train
 from mlx_dpo.align import objectives
-from mlx_dpo.align.events import Evaluated, Planned
+from mlx_dpo.align.events import Evaluated, Finished, Planned, Stepped
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.models.arrays import read_arrays
 from mlx_dpo.models.load import load, on_cpu
@@ -130,3 +131,18 @@ def test_many_rows_of_one_prompt_are_all_learnt(options: TrainOptions):
     data = runs.write_pairs(options.data.parent / "same.jsonl", same)
     planned = next(event for event in runs.run(replace(options, data=data, dry_run=True)) if isinstance(event, Planned))
     assert (planned.plan.pairs, planned.plan.held_out) == (110, 0)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_do_not_write_into_one_folder(options: TrainOptions, resume: bool):
+    first = train.run(replace(options, epochs=2, batch_size=2, save_every=1))
+    second = train.run(replace(options, epochs=2, batch_size=2, save_every=1, resume=resume))
+    if not resume:  # begun before the first has written anything
+        next(second)
+    for event in first:
+        if isinstance(event, Stepped) and event.numbers["step"] == 2:
+            break
+    with pytest.raises(Refusal, match="Another run is writing into .*out: wait for it"):
+        list(second)
+    assert isinstance(list(first)[-1], Finished)
+    assert [row["step"] for row in runs.rows(options.out)] == list(range(1, 9))

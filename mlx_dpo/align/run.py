@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mlx_dpo import storage
 from mlx_dpo.align import checkpoint, record, report, rescue
 from mlx_dpo.align.events import Evaluated, Event, Finished, Interrupted, Note, Phase, Stepped, Warned
 from mlx_dpo.align.examples import Prepared
@@ -57,8 +58,8 @@ class Run:
 
     def events(self, stop: Callable[[], bool]) -> Iterator[Event]:
         """Train from where the run stands to its end, or until `stop` says so after a step."""
-        with ExitStack() as trackers:
-            yield from self._begin(trackers)
+        with ExitStack() as stack:
+            yield from self._begin(stack)
             # A run that was stopped for what is wrong with it is not let go on as if nothing had been.
             found = self._acted_on(self.monitor.displacement()) if self.options.resume else None
             while found or not (self._is_over() and self._is_evaluated()):
@@ -91,7 +92,7 @@ class Run:
             self._save()
         return found
 
-    def _begin(self, trackers: ExitStack) -> Iterator[Event]:
+    def _begin(self, stack: ExitStack) -> Iterator[Event]:
         """Find the checkpoint, score the reference, check the start, answer the sample questions."""
         options = self.options
         found = self._found() if options.resume else None
@@ -104,12 +105,15 @@ class Run:
         self.trainer.check_start()
         self.rescues = rescue.from_numbers(found.state.numbers["rescues"]) if found else []
         done = found.state.numbers["steps_done"] if found else 0
+        stack.enter_context(storage.held(options.out))
+        if not options.resume and (options.out / record.RUN).exists():
+            raise Refusal(f"{options.out} holds a run by now, begun since this one was: choose another --out.")
         record.refuse_lost_rows(options.out, done)
         record.write_options(options.out, as_toml(options))
         self.metrics = record.Rows(options.out / record.METRICS, done, len(self.rescues))
         self.samples = record.Rows(options.out / record.SAMPLES, done)
         for kind in options.track:
-            self.metrics.listeners.append(trackers.enter_context(tracked(kind, options.out, as_toml(options))))
+            self.metrics.listeners.append(stack.enter_context(tracked(kind, options.out, as_toml(options))))
         if not self.samples.rows:
             yield from self._answered(0)
         self._watch()

@@ -62,9 +62,8 @@ def refuse_absurd(options: TrainOptions) -> None:
             raise Refusal(_out_of_range(name, value))
     if options.warmup >= 1 and options.warmup != int(options.warmup):
         raise Refusal(f"--warmup {options.warmup} is neither a share below 1 nor a whole number of steps: give one.")
-    if not options.samples and (options.questions or options.kl_budget != defaults()["kl_budget"]):
-        name = "--questions" if options.questions else "--kl-budget"
-        raise Refusal(f"{name} has no meaning with --samples 0, as nothing is answered: leave one of them away.")
+    if not options.samples and options.kl_budget != defaults()["kl_budget"]:
+        raise Refusal("--kl-budget has no meaning with --samples 0, as nothing is answered: leave one of them away.")
     if not options.eval_every and (options.keep == "best" or options.patience):
         name = "--keep best" if options.keep == "best" else "--patience"
         raise Refusal(f"{name} needs evaluations to choose from: add --eval-every, and hold pairs out.")

@@ -144,8 +144,11 @@ after, and the KL from the base along the model's own answers. The scale is alph
 What follows from it: plain DPO at a scale of 20 (mlx-lm's default) with the published β (0.1) and rate (2e-4) looks
 perfect and forgets the chosen answers; the monitor says so at the seventh step, and a rescue turns the same run round.
 With the likelihood of the chosen answers in the loss at weight 1 they get likelier at each rate tried, and 1e-3 at the
-usual scale of 2 does most for both data sets within the KL budget: these are the defaults. Not tried: more than one
-seed, other models, longer runs.
+usual scale of 2 does most for both data sets within the KL budget: these are the defaults. With them alone
+(`mlx_dpo train --model … --data … --out …`) the demo's 64 pairs gave 20 of 20 held-out pairs, chosen answers 24.7 nats
+likelier (21.0 to 28.3), 60% → 65% preferred a token and a KL of 0.15; the first 160 pairs of Empathy by Design gave 16
+of 16, 48.1 nats (38.8 to 58.0), 69% → 100% and 0.38, without a warning. Not tried: more than one seed, other models,
+longer runs.
 """
 
 

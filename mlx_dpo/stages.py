@@ -106,12 +106,7 @@ def _refuse_other_stages(out: Path, stages: Sequence[_Table]) -> None:
             "or start anew in another --out."
         )
     for number, (old, new) in enumerate(zip(before, stages, strict=True), start=1):
-        for name in sorted((old.keys() | new.keys()) - record.FREE_TO_CHANGE):
-            if old.get(name) != new.get(name):
-                raise Refusal(
-                    f"--{name} of stage {number} is {new.get(name)} here and {old.get(name)} in {out / record.RUN}: "
-                    "resume with the run's own options, or start anew in another --out."
-                )
+        record.refuse_changes(old, new, out / record.RUN, f" of stage {number}")
 
 
 def _is_begun(options: TrainOptions) -> bool:

@@ -96,7 +96,6 @@ def checked(options: TrainOptions, start: AdapterShape | None = None) -> Checked
     _check_out(options)
     examples = prepared(options, config)
     options = replace(options, holdout=examples.holdout)
-    _refuse_nothing_held_out(examples, options)
     order = Order(len(examples.train), options.batch_size, options.grad_accumulation, options.seed, options.shuffle)
     plan = planned(options, config, examples.train, examples.valid, order)
     _refuse_endless_warmup(options, plan.steps)
@@ -129,14 +128,6 @@ def _cut_note(cut: CutCounts, options: TrainOptions) -> Iterator[Note]:
         yield Note(
             f"--max-length {options.max_length} cut {cut.pairs} pairs: {cut.prompts} prompts from the left, "
             f"{cut.responses} answers at their end, {cut.tokens} tokens in all."
-        )
-
-
-def _refuse_nothing_held_out(examples: Prepared, options: TrainOptions) -> None:
-    if (options.keep == "best" or options.patience) and not examples.valid:
-        raise Refusal(
-            f"{options.data} has no held-out examples to choose the best step by: add --holdout, or leave --keep and "
-            "--patience away."
         )
 
 

@@ -27,7 +27,9 @@ def evaluated(
     """
     every = list(range(len(pairs)))
     found = rewards(policy, start, pairs, every, loss.terms, loss.beta)
-    result = {"eval_loss": _loss(policy, pairs, loss, kl), **_loss_interval(policy, pairs, loss, kl)}
+    scores = tree_map(mx.array, present(policy, pairs, every))
+    result = {"eval_loss": float(loss.share(scores, pairs, every, loss.window(pairs, every), kl))}
+    result |= _loss_interval(scores, pairs, loss, kl)
     result |= {f"eval_{name}": value for name, value in found.means().items()}
     if kl is not None:
         result["eval_kl_of_strangers"] = kl
@@ -36,8 +38,8 @@ def evaluated(
         if logps.size:
             result[f"eval_logps/{side}_reference"] = float(logps.mean())
     if found.paired:
-        for name, scores in (("", policy), ("_reference", start)):
-            result[f"eval_logps/preferred_per_token{name}"] = _preferred(scores, pairs)
+        for name, said in (("", policy), ("_reference", start)):
+            result[f"eval_logps/preferred_per_token{name}"] = _preferred(said, pairs)
     return result | {"eval_pairs": len(pairs)}
 
 
@@ -66,18 +68,12 @@ def _named(name: str, low: float, high: float) -> dict[str, float]:
     return {f"eval_{name}_low": low, f"eval_{name}_high": high}
 
 
-def _loss(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> float:
-    every = list(range(len(pairs)))
-    scores = tree_map(mx.array, present(policy, pairs, every))
-    return float(loss.share(scores, pairs, every, loss.window(pairs, every), kl))
-
-
-def _loss_interval(policy: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> dict[str, float]:
+def _loss_interval(scores: Scores, pairs: Sequence[TokenisedPair], loss: Loss, kl: float | None) -> dict[str, float]:
     """The interval of the loss, where its parts belong to examples one by one."""
     every = list(range(len(pairs)))
     if loss.terms.is_coupled or len(having(pairs, every, "chosen")) < len(pairs):
         return {}
-    parts = loss.parts(tree_map(mx.array, present(policy, pairs, every)), pairs, every, kl)
+    parts = loss.parts(scores, pairs, every, kl)
     by_example, by_token, by_whole = (np.broadcast_to(np.array(part), len(pairs)) for part in parts)
     tokens = np.array([len(pair.chosen) for pair in pairs])
     whole = tokens + np.array([len(pair.prompt) - 1 for pair in pairs])

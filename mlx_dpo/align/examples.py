@@ -100,6 +100,11 @@ def _split(options: TrainOptions) -> tuple[list[Example], list[Example], float]:
 
 def _refuse_idle(options: TrainOptions, train: list[Example], valid: list[Example], questions: list[Turns]) -> None:
     """Raise Refusal where an option asks for what the data do not hold."""
+    if (options.keep == "best" or options.patience) and not valid:
+        raise Refusal(
+            f"{options.data} has no held-out examples to choose the best step by: add --holdout, or leave --keep and "
+            "--patience away."
+        )
     if options.eval_every and not valid and not questions:
         raise Refusal("--eval-every has nothing to look at: hold examples out (--holdout), or leave it away.")
     if options.best_by == "chosen" and not any(example.chosen for example in valid):

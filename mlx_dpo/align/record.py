@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-FREE_TO_CHANGE = {
+_FREE_TO_CHANGE = {
     "eval-every", "save-every", "keep-checkpoints", "memory-limit", "grad-checkpoint", "on-displacement", "kl-budget",
     "track", "model", "data", "out", "adapter",
 }  # fmt: skip
@@ -57,15 +57,19 @@ def resume_command(out: Path) -> str:
 
 def refuse_other_options(out: Path, options: dict[str, Any]) -> None:
     """Raise Refusal where a resumed run would compute something else than the one that was begun."""
+    now = tomllib.loads(tomli_w.dumps({k: v for k, v in options.items() if v is not None}))
+    refuse_changes(read_options(out), now, out / RUN)
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], record: Path, of: str = "") -> None:
+    """Raise Refusal where an option is not the one in `record`, unless it may change; `of` says whose it is."""
     # An option that an older version did not know was at its default.
     usual = {flag(name).removeprefix("--"): value for name, value in defaults().items()}
-    before = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-    before |= read_options(out)
-    now = tomllib.loads(tomli_w.dumps({k: v for k, v in options.items() if v is not None}))
-    for name in sorted((before.keys() | now.keys()) - FREE_TO_CHANGE - _STARTING):
+    before = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()} | before
+    for name in sorted((before.keys() | now.keys()) - _FREE_TO_CHANGE - _STARTING):
         if before.get(name) != now.get(name):
             raise Refusal(
-                f"--{name} is {now.get(name)} here and {before.get(name)} in {out / RUN}: resume with the run's own "
+                f"--{name}{of} is {now.get(name)} here and {before.get(name)} in {record}: resume with the run's own "
                 "options, or start anew in another --out."
             )
 

@@ -3,14 +3,17 @@
 Imports nothing of MLX while being imported, because the BLAS has to be in the process first.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import NamedTuple
 
 _BLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
+_MMAP_FROM, _TRIM_FROM = (-3, 2**25), (-1, 2**30)  # options of glibc's mallopt, bytes
 _loaded_blas: str | None = None
 
 
@@ -30,6 +33,44 @@ def load_fast_blas() -> str | None:
         _loaded_blas = name
         break
     return _loaded_blas
+
+
+def keep_freed_memory() -> None:
+    """Let the C library of Linux keep freed memory for the next array, instead of giving each large one back.
+
+    MLX's CPU backend asks for its arrays one by one, and new pages from the system cost as much as a pass over them.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        for option, size in (_MMAP_FROM, _TRIM_FROM):
+            library.mallopt(option, size)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def can_split_products() -> bool:
+    """Whether matrix products can be told how many cores to take."""
+    return _loaded_blas is not None
+
+
+@contextlib.contextmanager
+def products_on_one_core() -> Iterator[None]:
+    """Let each matrix product take one core in this block, where OpenBLAS is loaded; several can run side by side."""
+    if _loaded_blas is None:
+        yield
+        return
+    blas = ctypes.CDLL(_loaded_blas)
+    before = blas.openblas_get_num_threads()
+    blas.openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        blas.openblas_set_num_threads(before)
 
 
 def _has_cuda_build() -> bool:
@@ -61,7 +102,7 @@ def describe() -> Machine:
         name=str(info.get("device_name", platform.processor() or platform.machine())),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         device=device,
-        cores=os.cpu_count() or 1,
+        cores=cores(),
         memory=memory,
         memory_limit=recommended * 3 // 4,
         blas=_blas_in_words(device),

@@ -24,8 +24,8 @@ from mlx_dpo.data.examples import example
 from mlx_dpo.data.tokenised import TokenisedPair, tokenise
 from mlx_dpo.models import adapters
 from mlx_dpo.models.arrays import named_arrays
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded, blocks, load
-from mlx_dpo.models.scoring import parts
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gb")
 
@@ -106,7 +106,7 @@ def attach(loaded: Loaded, shape: adapters.AdapterShape, seed: int | None) -> No
 def reference(loaded: Loaded, items: Sequence[TokenisedPair], loss: Loss) -> Scores:
     """What the model says without its adapter."""
     with adapters.switched_off(loaded.model):
-        *_, found = scored(loaded.model, parts(loaded.model), items, 4, loss.sums)
+        *_, found = scored(Forward.of(loaded.model), items, 4, loss.sums)
     assert isinstance(found, Scores)
     return found
 
@@ -142,7 +142,7 @@ def trainer(loaded: Loaded, steps: int = 3, count: int = len(parity.PAIRS), **mo
         items = singles(items)
     loss = referring(loaded, items, loss, chosen.batch_size * chosen.grad_accumulation)
     order = Order(len(items), chosen.batch_size, chosen.grad_accumulation, chosen.seed, chosen.shuffle)
-    return Trainer(loaded.model, parts(loaded.model), items, order, loss, chosen, steps)
+    return Trainer(Forward.of(loaded.model), items, order, loss, chosen, steps)
 
 
 def named(tree: Any) -> list[tuple[str, mx.array]]:

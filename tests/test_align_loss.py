@@ -19,8 +19,8 @@ from mlx_dpo.align.objectives import TERMS
 from mlx_dpo.align.scores import OPENING, Scores, Sums, batch_scores, mismatched, scored
 from mlx_dpo.align.trainer import Trainer
 from mlx_dpo.data.tokenised import TokenisedPair
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded, load
-from mlx_dpo.models.scoring import parts
 
 Folder = Callable[[str], Path]
 # Large enough steps to matter, β small enough that no loss is flat; two batches of two against one of four.
@@ -104,8 +104,8 @@ def test_the_gradient_of_a_step_is_that_of_finite_differences(tiny_folder: Folde
 
 def test_sums_by_place_are_those_of_a_plain_loop(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
-    pairs, cut = runs.pairs(loaded, 4), parts(loaded.model)
-    found = batch_scores(loaded.model, cut, pairs, Sums(ld_alpha=0.3, whole=True, confidence=True))
+    pairs, forward = runs.pairs(loaded, 4), Forward.of(loaded.model)
+    found = batch_scores(forward, pairs, Sums(ld_alpha=0.3, whole=True, confidence=True))
     for side in Scores._fields:
         numbers = getattr(found, side)
         for place, pair in enumerate(pairs):
@@ -124,8 +124,8 @@ def test_sums_by_place_are_those_of_a_plain_loop(tiny_folder: Folder):
 
 def test_confidence_is_the_mean_odds_against_the_expected_probability(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
-    pairs, cut = runs.pairs(loaded, 3), parts(loaded.model)
-    found = batch_scores(loaded.model, cut, pairs, Sums(confidence=True))
+    pairs, forward = runs.pairs(loaded, 3), Forward.of(loaded.model)
+    found = batch_scores(forward, pairs, Sums(confidence=True))
     pair = pairs[1]
     logits = np.array(loaded.model(mx.array([pair.prompt + pair.rejected])))[0].astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -137,9 +137,9 @@ def test_confidence_is_the_mean_odds_against_the_expected_probability(tiny_folde
 
 def test_a_batch_or_a_data_set_gives_the_same_numbers(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
-    pairs, cut, sums = runs.pairs(loaded), parts(loaded.model), Sums(ld_alpha=0.5, whole=True)
-    *_, data_set = scored(loaded.model, cut, pairs, 3, sums)
-    together = batch_scores(loaded.model, cut, pairs, sums)
+    pairs, forward, sums = runs.pairs(loaded), Forward.of(loaded.model), Sums(ld_alpha=0.5, whole=True)
+    *_, data_set = scored(forward, pairs, 3, sums)
+    together = batch_scores(forward, pairs, sums)
     assert isinstance(data_set, Scores)
     for side in Scores._fields:
         for mine, yours in zip(getattr(data_set, side), getattr(together, side), strict=True):
@@ -148,9 +148,9 @@ def test_a_batch_or_a_data_set_gives_the_same_numbers(tiny_folder: Folder):
 
 def test_singles_give_the_numbers_of_their_pairs(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
-    pairs, cut = runs.pairs(loaded, 4), parts(loaded.model)
-    paired = batch_scores(loaded.model, cut, pairs, Sums())
-    *_, single = scored(loaded.model, cut, runs.singles(pairs), 3, Sums())
+    pairs, forward = runs.pairs(loaded, 4), Forward.of(loaded.model)
+    paired = batch_scores(forward, pairs, Sums())
+    *_, single = scored(forward, runs.singles(pairs), 3, Sums())
     assert isinstance(single, Scores)
     assert single.chosen.logps[:4] == pytest.approx(np.array(paired.chosen.logps), rel=1e-5)
     assert single.rejected.logps[4:] == pytest.approx(np.array(paired.rejected.logps), rel=1e-5)
@@ -191,7 +191,7 @@ def test_the_point_of_reference_is_the_mean_ratio_of_strangers_and_never_negativ
 def test_evaluation_is_the_loss_of_all_pairs_at_once(tiny_folder: Folder, loss: str):
     loaded = runs.adapted(tiny_folder("llama"), seed=6)
     trainer = runs.trainer(loaded, loss=loss, batch_size=16, learning_rate=1e-30)
-    *_, policy = scored(loaded.model, parts(loaded.model), trainer.pairs, 3, trainer.loss.sums)
+    *_, policy = scored(Forward.of(loaded.model), trainer.pairs, 3, trainer.loss.sums)
     assert isinstance(policy, Scores)
     start = trainer.loss.reference or policy
     kl = trainer._divergence(trainer.loss.window(trainer.pairs, list(range(len(trainer.pairs)))))
@@ -215,7 +215,7 @@ def test_answers_alone_are_evaluated_by_their_change_and_have_no_rewards(tiny_fo
     loaded = runs.adapted(tiny_folder("llama"), seed=6)
     trainer = runs.trainer(loaded, method="sft")
     start = runs.reference(loaded, trainer.pairs, trainer.loss)
-    *_, policy = scored(loaded.model, parts(loaded.model), trainer.pairs, 3, trainer.loss.sums)
+    *_, policy = scored(Forward.of(loaded.model), trainer.pairs, 3, trainer.loss.sums)
     assert isinstance(policy, Scores)
     found = evaluated(policy, start, trainer.pairs, trainer.loss)
     change = found["eval_logps/chosen"] - found["eval_logps/chosen_reference"]

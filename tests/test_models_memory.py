@@ -21,8 +21,8 @@ from mlx_dpo.align.trainer import Trainer
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models import adapters, memory
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import blocks, on_cpu
-from mlx_dpo.models.scoring import parts
 
 Folder = Callable[[str], Path]
 
@@ -77,7 +77,7 @@ def measured(case: Case, grad_checkpoint: bool, dropout: float, layers: int | No
     )
     order = Order(case.pairs, case.pairs, 1, 0, shuffle=False)
     loss = replace(Loss.of(options), reference=empty_scores(case.pairs))
-    trainer = Trainer(model, parts(model), [pair] * case.pairs, order, loss, options, 2)
+    trainer = Trainer(Forward.of(model), [pair] * case.pairs, order, loss, options, 2)
     trainer.step()
     return trainer.step()["peak_memory_gb"] * 1e9
 

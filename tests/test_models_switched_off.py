@@ -1,6 +1,7 @@
 """Switched off, a model is its base to the last bit, whatever its adapter has learnt; and a cut of it stays whole."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,10 +12,11 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import quantize_model
 from test_models_adapters import KINDS, moved
 
-from mlx_dpo.models import adapters, scoring
+from mlx_dpo.models import adapters
 from mlx_dpo.models.arrays import named_arrays
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded, load
-from mlx_dpo.models.scoring import parts, rows_of, token_logps
+from mlx_dpo.models.rows import rows_of
 
 Folder = Callable[[str], Path]
 TOKENS = mx.array([[5, 6, 7, 8, 9, 10], [3, 11, 40, 2, 7, 7]])
@@ -148,7 +150,6 @@ CUTS = [("llama", ()), ("llama-untied", ()), ("llama-untied", ("lm_head",)), ("l
 @pytest.mark.parametrize("cut_while_off", [False, True])
 def test_a_cut_made_on_one_side_holds_on_the_other(
     tiny_folder: Folder,
-    monkeypatch: pytest.MonkeyPatch,
     family: str,
     keys: tuple[str, ...],
     kind: adapters.Kind,
@@ -159,20 +160,20 @@ def test_a_cut_made_on_one_side_holds_on_the_other(
     model = loaded.model
     if cut_while_off:
         with adapters.switched_off(model):
-            cut = parts(model)
+            forward = Forward.of(model)
     else:
-        cut = parts(model)
-    monkeypatch.setattr(scoring, "LOGIT_BYTES", 4 * loaded.config["vocab_size"] * 2)  # three chunks of the head
+        forward = Forward.of(model)
+    forward = replace(forward, logit_bytes=4 * loaded.config["vocab_size"] * 2)  # three chunks of the head
     with adapters.switched_off(model):
-        off = np.array(token_logps(model, ROWS, cut))
-    assert off == pytest.approx(np.array(token_logps(plain, ROWS, None)), rel=1e-5)
+        off = np.array(forward.token_logps(ROWS))
+    assert off == pytest.approx(np.array(Forward.plain(plain).token_logps(ROWS)), rel=1e-5)
 
-    def gradients(cut: scoring.Parts | None) -> tuple[float, dict[str, mx.array]]:
-        value, found = nn.value_and_grad(model, lambda: token_logps(model, ROWS, cut).sum())()
+    def gradients(forward: Forward) -> tuple[float, dict[str, mx.array]]:
+        value, found = nn.value_and_grad(model, lambda: forward.token_logps(ROWS, learning=True).sum())()
         return float(value), named_arrays(found)
 
-    value, found = gradients(cut)
-    expected, wanted = gradients(None)
+    value, found = gradients(forward)
+    expected, wanted = gradients(Forward.plain(model))
     assert value == pytest.approx(expected, rel=1e-5)
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():

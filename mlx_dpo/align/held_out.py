@@ -19,8 +19,8 @@ from mlx_dpo.align.scores import Scores, mismatched, scored
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models import adapters
 from mlx_dpo.models.answers import divergence, greedy_answers
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded
-from mlx_dpo.models.scoring import Parts
 
 Row = dict[str, Any]
 _BEST = "best"
@@ -38,14 +38,14 @@ class Scorer(NamedTuple):
     """A model with its adapter, and how it scores and answers."""
 
     loaded: Loaded
-    cut: Parts | None
+    forward: Forward
     options: TrainOptions
 
     def scores(self, name: str, pairs: list[TokenisedPair], loss: Loss) -> Iterator[Any]:
         """Score examples under the adapter as it is, yielding Phases called `name` and returning the Scores."""
         self.loaded.model.eval()
         yield Phase(name, 0, len(pairs))
-        for event in scored(self.loaded.model, self.cut, pairs, self.options.batch_size, loss.sums):
+        for event in scored(self.forward, pairs, self.options.batch_size, loss.sums):
             if isinstance(event, Scores):
                 return event
             yield Phase(name, event.done, event.total)
@@ -103,7 +103,7 @@ class HeldOut:
         loaded, options = self.scorer.loaded, self.scorer.options
         loaded.model.eval()
         answers = greedy_answers(loaded, self.asked, options.sample_tokens)
-        kl = divergence(loaded.model, self.scorer.cut, self.asked, answers, adapters.switched_off)
+        kl = divergence(self.scorer.forward, self.asked, answers, adapters.switched_off)
         tokens = float(np.mean([len(answer.tokens) for answer in answers]))
         return {"step": step, "tokens": tokens, "kl": kl, "answers": [answer.text for answer in answers]}
 

@@ -20,8 +20,8 @@ from mlx_dpo.align.tracking import tracked
 from mlx_dpo.align.trainer import NotFinite, Trainer
 from mlx_dpo.data.batches import Order
 from mlx_dpo.models import adapters
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded
-from mlx_dpo.models.scoring import parts
 from mlx_dpo.refusal import Refusal
 
 _NEEDS_RESCUE = ("displacement", "not_finite")
@@ -48,7 +48,7 @@ class Run:
         self.started = time.perf_counter()
         self.steps = steps
         self.resume_command = record.resume_command(home or options.out)
-        self.scorer = Scorer(loaded, parts(loaded.model), options)
+        self.scorer = Scorer(loaded, Forward.of(loaded.model), options)
         self.held_out = HeldOut(self.scorer, prepared, Loss.of(options))
         *data, questions = prepared.origin
         self.origin = record.origin(options.model, options.adapter, data, questions)
@@ -100,8 +100,7 @@ class Run:
             train = self.prepared.train
             loss = yield from self.scorer.with_reference("Scoring the reference", train, Loss.of(options))
             yield from self.held_out.begin()
-        model = self.loaded.model
-        self.trainer = Trainer(model, self.scorer.cut, train, self.order, loss, options, self.steps)
+        self.trainer = Trainer(self.scorer.forward, train, self.order, loss, options, self.steps)
         self.trainer.check_start()
         self.rescues = rescue.from_numbers(found.state.numbers["rescues"]) if found else []
         done = found.state.numbers["steps_done"] if found else 0

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_dpo.data.batches import by_length
 from mlx_dpo.data.tokenised import TokenisedPair
-from mlx_dpo.models.scoring import Parts, Rows, row_sums, rows_of, token_logps, token_logps_and_squares
+from mlx_dpo.models.forward import Forward
+from mlx_dpo.models.rows import Rows, Said, row_sums
 
 OPENING = 5  # tokens; where a shortcut shows, if one was learnt
 
@@ -63,21 +63,31 @@ def having(pairs: Sequence[TokenisedPair], indices: Sequence[int], side: str) ->
     return [i for i in indices if getattr(pairs[i], side)]
 
 
-def pair_rows(pairs: Sequence[TokenisedPair], *, whole: bool = False) -> Rows:
+def texts(pairs: Sequence[TokenisedPair], *, whole: bool = False) -> list[Said]:
     """The rows of a batch: all chosen answers, then all rejected ones; with `whole` the chosen prompts count too."""
-    chosen = [(pair.prompt, pair.chosen) for pair in pairs if pair.chosen]
-    if whole:
-        chosen = [(prompt[:1], prompt[1:] + answer) for prompt, answer in chosen]
-    return rows_of(chosen + [(pair.prompt, pair.rejected) for pair in pairs if pair.rejected])
+    chosen = [Said(pair.prompt, pair.chosen, len(pair.prompt) - 1 if whole else 0) for pair in pairs if pair.chosen]
+    return chosen + [Said(pair.prompt, pair.rejected) for pair in pairs if pair.rejected]
 
 
-def batch_scores(model: nn.Module, cut: Parts | None, pairs: Sequence[TokenisedPair], sums: Sums) -> Scores:
-    """Score a batch, differentiably in `logps`, `plain` and `whole`; `cut` is what `parts(model)` gave."""
-    rows = pair_rows(pairs, whole=sums.whole)
-    if sums.confidence:
-        logps, squares = token_logps_and_squares(model, rows, cut)
-    else:
-        logps, squares = token_logps(model, rows, cut), mx.array(0.0)
+def batch_scores(forward: Forward, pairs: Sequence[TokenisedPair], sums: Sums) -> Scores:
+    """Score a batch within a gradient, differentiably in `logps`, `plain` and `whole`; nothing is computed yet."""
+    rows = forward.rows_of(texts(pairs, whole=sums.whole))
+    return _summed(forward.token_logps(rows, learning=True, squares=sums.confidence), rows, pairs, sums)
+
+
+def computed_scores(forward: Forward, pairs: Sequence[TokenisedPair], sums: Sums) -> Scores:
+    """Score a batch without a gradient, computed."""
+    rows = forward.rows_of(texts(pairs, whole=sums.whole))
+    with forward.at_work():
+        scores = _summed(forward.token_logps(rows, squares=sums.confidence), rows, pairs, sums)
+        mx.eval(scores)
+    mx.clear_cache()
+    return scores
+
+
+def _summed(numbers: mx.array, rows: Rows, pairs: Sequence[TokenisedPair], sums: Sums) -> Scores:
+    """Sums over answers of (1 or 2, scored) numbers of tokens: log p, and log Σ p² for WPO."""
+    logps, squares = numbers[0], numbers[-1]
     count = sum(bool(pair.chosen) for pair in pairs)
     place = rows.ordinals - _skipped(pairs, rows, sums.whole)
     answer = (place >= 0).astype(mx.float32)
@@ -118,7 +128,7 @@ def _confidence(aligned: mx.array, answer: mx.array, rows: Rows) -> mx.array:
 
 
 def scored(
-    model: nn.Module, cut: Parts | None, pairs: Sequence[TokenisedPair], batch_size: int, sums: Sums
+    forward: Forward, pairs: Sequence[TokenisedPair], batch_size: int, sums: Sums
 ) -> Iterator[Progress | Scores]:
     """Score all examples, yielding progress after each batch and the Scores, as NumPy arrays, at the end.
 
@@ -128,10 +138,7 @@ def scored(
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
     done = 0
     for batch in by_length(lengths, batch_size):
-        scores = batch_scores(model, cut, [pairs[i] for i in batch], sums)
-        mx.eval(scores)
-        put(found, scores, pairs, batch)
-        mx.clear_cache()
+        put(found, computed_scores(forward, [pairs[i] for i in batch], sums), pairs, batch)
         done += len(batch)
         yield Progress(done, len(pairs))
     yield found

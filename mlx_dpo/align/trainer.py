@@ -18,14 +18,14 @@ from mlx_dpo.align.optimizers import optimizer, set_rate
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.align.rewards import rewards
 from mlx_dpo.align.schedule import learning_rate, warmup_steps
-from mlx_dpo.align.scores import Scores, batch_scores, empty_scores, having, present, put
+from mlx_dpo.align.scores import Scores, batch_scores, computed_scores, empty_scores, having, present, put
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.adapters import adapter_weights
 from mlx_dpo.models.arrays import named_arrays
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import compute_dtype
 from mlx_dpo.models.memory import recomputed_blocks
-from mlx_dpo.models.scoring import Parts
 from mlx_dpo.refusal import Refusal
 
 
@@ -47,21 +47,20 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
-        cut: Parts | None,
+        forward: Forward,
         pairs: Sequence[TokenisedPair],
         order: Order,
         loss: Loss,
         options: TrainOptions,
         steps: int,
     ):
-        """Train `model`'s adapter on `pairs` towards `loss`."""
-        self.model, self.cut, self.pairs, self.order = model, cut, pairs, order
+        """Train the adapter of `forward`'s model on `pairs` towards `loss`."""
+        self.forward, self.model, self.pairs, self.order = forward, forward.model, pairs, order
         self.loss, self.options, self.steps = loss, options, steps
         self.steps_done = 0
         self.tokens_done = 0
         self.rate_factor = 1.0
-        self.optimizer = optimizer(options, model.trainable_parameters())
+        self.optimizer = optimizer(options, self.model.trainable_parameters())
 
     def step(self) -> dict[str, float]:
         """Take one step and return its numbers, under TRL's names.
@@ -118,9 +117,10 @@ class Trainer:
         self.model.train()
         for number, batch in enumerate(batches):
             self._seed(number)
-            value, scores, new = self._gradients(batch, window, kl, slopes)
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            mx.eval(value, scores, gradients)
+            with self.forward.at_work():
+                value, scores, new = self._gradients(batch, window, kl, slopes)
+                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                mx.eval(value, scores, gradients)
             total += float(value)
             put(found, scores, self.pairs, batch)
         self.model.eval()
@@ -136,7 +136,7 @@ class Trainer:
         before = self.model.trainable_parameters()
 
         def loss() -> tuple[mx.array, Scores]:
-            scores = batch_scores(self.model, self.cut, [self.pairs[i] for i in batch], self.loss.sums)
+            scores = batch_scores(self.forward, [self.pairs[i] for i in batch], self.loss.sums)
             if slopes is not None:
                 return slopes.along(scores, batch), scores
             return self.loss.share(scores, self.pairs, batch, window, kl), scores
@@ -146,16 +146,16 @@ class Trainer:
         self.model.update(before)
         return value, scores, gradients
 
+    def _computed(self, batch: list[int]) -> Scores:
+        return computed_scores(self.forward, [self.pairs[i] for i in batch], self.loss.sums)
+
     def _slopes(self, batches: list[list[int]], window: Window) -> "_Slopes":
         """How the loss of the whole window changes with each answer, where pairs of different batches are coupled."""
         found = empty_scores(len(self.pairs))
         self.model.train()
         for number, batch in enumerate(batches):
             self._seed(number)
-            scores = batch_scores(self.model, self.cut, [self.pairs[i] for i in batch], self.loss.sums)
-            mx.eval(scores)
-            put(found, scores, self.pairs, batch)
-            mx.clear_cache()
+            put(found, self._computed(batch), self.pairs, batch)
         return _Slopes(self.loss, found, self.pairs, window)
 
     def _divergence(self, window: Window) -> float | None:
@@ -166,7 +166,7 @@ class Trainer:
         policy = []
         for start in range(0, len(window.indices), self.options.batch_size):
             some = [self.loss.strangers[i] for i in window.indices[start : start + self.options.batch_size]]
-            policy.append(np.array(batch_scores(self.model, self.cut, some, self.loss.sums).chosen.plain))
+            policy.append(np.array(computed_scores(self.forward, some, self.loss.sums).chosen.plain))
         return self.loss.divergence(np.concatenate(policy), window.indices)
 
     def check_start(self) -> None:
@@ -176,7 +176,7 @@ class Trainer:
         """
         batch = self.order.window(0)[0]
         self.model.eval()
-        scores = batch_scores(self.model, self.cut, [self.pairs[i] for i in batch], self.loss.sums)
+        scores = self._computed(batch)
         for side in Scores._fields:
             places = having(self.pairs, batch, side)
             values = np.array(getattr(scores, side).plain)

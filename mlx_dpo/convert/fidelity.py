@@ -11,7 +11,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.convert.merge import Layers
 from mlx_dpo.models.adapters import switched_off
-from mlx_dpo.models.scoring import Rows, parts, response_log_p, rows_of
+from mlx_dpo.models.forward import Forward
+from mlx_dpo.models.rows import Rows, rows_of
 
 
 class Fidelity(NamedTuple):
@@ -58,7 +59,7 @@ class Yardstick:
 
     def __init__(self, model: nn.Module, pairs: Sequence[Held]):
         """Lay the pairs out; what the base says of them is computed once, at the first measurement."""
-        self.model, self.cut = model, parts(model)
+        self.model, self.forward = model, Forward.of(model)
         self.rows = [rows_of([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]) for pair in pairs]
         self.base: dict[int, float] = {}
 
@@ -89,7 +90,7 @@ class Yardstick:
         return self.base[number]
 
     def _log_p(self, rows: Rows) -> mx.array:
-        return response_log_p(self.model, rows, self.cut)
+        return self.forward.log_p(rows)
 
 
 def _margin(log_p: mx.array, rows: Rows) -> float:

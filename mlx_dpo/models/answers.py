@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import batch_generate
 
+from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded
-from mlx_dpo.models.scoring import Parts, response_log_p, rows_of
+from mlx_dpo.models.rows import rows_of
 
 
 class Answer(NamedTuple):
@@ -33,8 +34,7 @@ def greedy_answers(loaded: Loaded, prompts: Sequence[Sequence[int]], max_tokens:
 
 
 def divergence(
-    model: nn.Module,
-    cut: Parts | None,
+    forward: Forward,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Answer],
     as_reference: Callable[[nn.Module], AbstractContextManager[None]],
@@ -47,9 +47,9 @@ def divergence(
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer.tokens:
             rows = rows_of([(prompt, answer.tokens)])
-            here = response_log_p(model, rows, cut)
-            with as_reference(model):
-                total += float((mx.exp(here) * (here - response_log_p(model, rows, cut))).sum())
+            here = forward.log_p(rows)
+            with as_reference(forward.model):
+                total += float((mx.exp(here) * (here - forward.log_p(rows))).sum())
             tokens += len(answer.tokens)
             mx.clear_cache()
     return total / tokens if tokens else None

@@ -10,8 +10,10 @@ import numpy as np
 
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.load import blocks
+from mlx_dpo.models.prompts import Fed, Taken
 from mlx_dpo.models.scoring import LOGIT_BYTES
 from mlx_dpo.models.sizes import Sizes, sizes
+from mlx_dpo.models.standing_in import called_as
 
 # Fitted to measured peaks, which the sum below meets within a quarter; see tests/test_models_memory.py.
 _LOGIT_COPIES, _CHUNK_COPIES = 2.8, 4.3
@@ -34,34 +36,35 @@ _DROPPED = _Copies(8.0, 1.3, 0.0)  # besides, with dropout, by each block
 def recomputed_blocks(model: nn.Module) -> Iterator[None]:
     """Gradient checkpointing for as long as the block lasts: only the input of each block of `model` is kept.
 
-    Works on the instances, not on their class, so that another model of the same kind is left alone.
+    With it, where a prompt is shared, its keys and values: they go through the recomputed function as inputs and
+    outputs, since what it did to a cache beside would have no gradient.
     """
-    kinds = [type(block) for block in blocks(model)]
-    for block, kind in zip(blocks(model), kinds, strict=True):
-        block.__class__ = _recomputing(kind)
-    try:
+    with called_as(blocks(model), _recomputed):
         yield
-    finally:
-        for block, kind in zip(blocks(model), kinds, strict=True):
-            block.__class__ = kind
 
 
-def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        outside = self.trainable_parameters()
-        high, low = np.array(mx.random.state).ravel().tolist()
+def _recomputed(kind: type[nn.Module], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    outside = block.trainable_parameters()
+    caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Taken | Fed)]
+    before = [cache.arrays for cache in caches]
+    stream = mx.default_stream(mx.default_device())
+    high, low = np.array(mx.random.state).ravel().tolist()
 
-        def inner(parameters: dict, *args: Any, **kwargs: Any) -> Any:
-            # Dropout has to draw the same the second time, or the gradient belongs to another network.
-            mx.random.seed(high << 32 | low)
-            self.update(parameters)
-            return kind.__call__(self, *args, **kwargs)
+    def inner(parameters: dict, arrays: list, *args: Any, **kwargs: Any) -> Any:
+        # Dropout has to draw the same the second time, or the gradient belongs to another network.
+        mx.random.seed(high << 32 | low)
+        block.update(parameters)
+        for cache, given in zip(caches, arrays, strict=True):
+            cache.arrays = tuple(given)
+        with mx.stream(stream):
+            result = kind.__call__(block, *args, **kwargs)
+        return result, [cache.kept for cache in caches]
 
-        result = mx.checkpoint(inner)(outside, *args, **kwargs)
-        self.update(outside)
-        return result
-
-    return type(kind.__name__, (kind,), {"__call__": call})
+    result, kept = mx.checkpoint(inner)(outside, before, *args, **kwargs)
+    block.update(outside)
+    for cache, given, taken in zip(caches, before, kept, strict=True):
+        cache.arrays, cache.kept = given, tuple(taken)
+    return result
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -1,152 +1,180 @@
-"""Log-probabilities of responses under a model: sums over response tokens, in float32 from the head on."""
+"""Log-probabilities from hidden states: in float32 from the head on, in chunks, and no logits are kept.
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+The gradient of log p with respect to its hidden state is (1[target] - p) through the head; it is found while the
+logits are there anyway, so that the backward pass is one multiplication.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-LOGIT_BYTES = 256 * 2**20  # of float32 logits alive at once
+from mlx_dpo.models import lanes
+from mlx_dpo.models.exponentials import exp
+from mlx_dpo.models.load import blocks
+from mlx_dpo.models.lora import adapted_layers
+from mlx_dpo.models.standing_in import called_as
 
-
-class Rows(NamedTuple):
-    """Token sequences side by side, padded on the right, with the places of their responses.
-
-    tokens: (rows, length) int32. places: (responses,) flat positions whose output predicts `targets`.
-    targets, row_of, ordinals: (responses,) int32, the token predicted, the row it belongs to and its number in that
-    row's response, from 0.
-    """
-
-    tokens: mx.array
-    places: mx.array
-    targets: mx.array
-    row_of: mx.array
-    ordinals: mx.array
-
-
-def rows_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
-    """Lay (prompt, response) token sequences side by side; causal attention keeps padding out of the numbers."""
-    length = max(len(prompt) + len(response) for prompt, response in sequences)
-    tokens = np.zeros((len(sequences), length), dtype=np.int32)
-    places, targets, row_of, ordinals = [], [], [], []
-    for row, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        tokens[row, :end] = [*prompt, *response]
-        places.append(np.arange(len(prompt), end) - 1 + row * length)
-        targets.append(np.asarray(response, dtype=np.int32))
-        row_of.append(np.full(len(response), row, dtype=np.int32))
-        ordinals.append(np.arange(len(response), dtype=np.int32))
-    return Rows(
-        mx.array(tokens),
-        *(mx.array(np.concatenate(part).astype(np.int32)) for part in (places, targets, row_of, ordinals)),
-    )
+LOGIT_BYTES = 64 * 2**20  # of float32 logits alive at once
 
 
 class Parts(NamedTuple):
-    """A model cut before its head: token ids to hidden states, hidden states to logits.
+    """A model cut before its head: token ids to hidden states, hidden states (places, width) to logits.
 
-    `head_learns` says whether the head has an adapter, which recomputed in chunks would get no gradient.
+    `head` is None where the model cannot be cut; the trunk is then all of it, and gives logits.
     """
 
-    trunk: Callable[[mx.array], mx.array]
-    head: Callable[[mx.array], mx.array]
-    head_learns: Callable[[], bool]
+    model: nn.Module
+    trunk: nn.Module
+    head: Callable[[mx.array], mx.array] | None
+
+    @property
+    def head_learns(self) -> bool:
+        """Whether there is an adapter outside of the blocks, as on the head or on the embedding tied to it."""
+        inside = {id(module) for block in blocks(self.model) for module in block.modules()}
+        return any(id(layer) not in inside for layer in adapted_layers(self.model).values())
 
 
-def parts(model: nn.Module) -> Parts | None:
-    """Cut a model before its head, or None where the two halves together do not equal the whole.
+def parts(model: nn.Module) -> Parts:
+    """Cut a model before its head, which is then the model itself with its trunk standing aside.
 
-    mlx-lm's models mostly are head(trunk(ids)), tied or not; the cut is tried on a few tokens, not assumed. It holds
-    as well for the same model with other layers in some places: merged ones, or its adapters switched off or on.
+    So scaled and capped logits are the model's own doing. The cut is tried on a few tokens, not assumed. It holds as
+    well for the same model with other layers in some places: merged ones, or its adapters switched off or on.
     """
     core = model.get("language_model", model)
-    if "model" not in core:
-        return None
-    trunk = core["model"]
-    untied = "lm_head" in core
-    if not untied and not hasattr(trunk.get("embed_tokens"), "as_linear"):
-        return None
-
-    def last() -> Any:  # looked up each time: another layer may stand in its place by then
-        return core["lm_head"] if untied else trunk["embed_tokens"]
+    whole = Parts(model, model, None)
+    trunk = core.get("model")
+    if not isinstance(trunk, nn.Module):
+        return whole
 
     def head(hidden: mx.array) -> mx.array:
-        return last()(hidden) if untied else last().as_linear(hidden)
+        with called_as([trunk], lambda *_, **__: hidden[None]):
+            return model(mx.zeros((1, hidden.shape[0]), dtype=mx.int32))[0]
 
     probe = mx.array([[0, 1, 2, 3]])
-    whole = model(probe)
-    halves = head(trunk(probe))
-    if whole.shape != halves.shape or not mx.allclose(whole, halves, rtol=1e-3, atol=1e-3).item():
-        return None
-    return Parts(trunk, head, lambda: "lora_a" in last())
+    try:
+        expected, halves = model(probe)[0], head(trunk(probe)[0])
+        fits = expected.shape == halves.shape and mx.allclose(expected, halves, rtol=1e-3, atol=1e-3).item()
+    except (AttributeError, TypeError, ValueError, IndexError):
+        return whole
+    return Parts(model, trunk, head) if fits else whole
 
 
-def response_logits(model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
-    """Logits at the response positions, (responses, vocabulary), in the model's own type."""
-    if cut is None:
-        logits = model(rows.tokens)
-        return logits.reshape(-1, logits.shape[-1])[rows.places]
-    hidden = cut.trunk(rows.tokens)
-    return cut.head(hidden.reshape(-1, hidden.shape[-1])[rows.places])
+class Counted(NamedTuple):
+    """How log-probabilities are wanted: with a gradient, with log Σ p² beside, in chunks of so many bytes of logits."""
+
+    learning: bool
+    squares: bool = False
+    logit_bytes: int = LOGIT_BYTES
 
 
-def response_log_p(model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
-    """Log-probabilities of every token at the response positions, (responses, vocabulary) float32, computed."""
-    logits = response_logits(model, rows, cut).astype(mx.float32)
-    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(log_p)
-    return log_p
+def log_p(hidden: mx.array, cut: Parts) -> mx.array:
+    """Log-probabilities of every token after each hidden state, (places, vocabulary) float32."""
+    logits = (hidden if cut.head is None else cut.head(hidden)).astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def token_logps(model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
-    """log p of each response token, (responses,) float32; `cut` is what `parts(model)` gave.
+def token_logps(hidden: mx.array, targets: mx.array, cut: Parts, how: Counted) -> mx.array:
+    """log p of the tokens `targets` after their hidden states, and perhaps log Σ p², (1 or 2, places) float32.
 
-    Only response positions reach the head. Logits are recomputed in the backward pass where there are many.
+    The first row is differentiable where that is asked for, the second never. hidden: (places, width).
     """
-    return _of_tokens(_picked, model, rows, cut)
-
-
-def token_logps_and_squares(model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
-    """log p of each response token, and log Σ p² over the vocabulary at its place, (2, responses) float32."""
-    return _of_tokens(_picked_with_squares, model, rows, cut)
+    # Lazily: the shape alone is asked for, nothing is computed.
+    vocabulary = (hidden if cut.head is None else cut.head(hidden[:1])).shape[-1]
+    step = max(1, how.logit_bytes // (4 * vocabulary))
+    spans = [slice(start, start + step) for start in range(0, targets.size, step)]
+    found = []
+    for place, span in enumerate(spans):
+        with lanes.lane(place):
+            found.append(_numbers(cut, how.learning)(hidden[span], targets[span], how.squares))
+    return mx.concatenate(found, axis=-1)
 
 
 _Head = Callable[[mx.array], mx.array]
-_Numbers = Callable[[mx.array, mx.array], mx.array]  # (places, vocabulary) logits and (places,) targets to (…, places)
+_Numbers = Callable[[mx.array, mx.array, bool], mx.array]  # (places, width) and (places,) targets to (1 or 2, places)
 
 
-def _of_tokens(numbers: _Numbers, model: nn.Module, rows: Rows, cut: Parts | None) -> mx.array:
-    if cut is None:
-        return numbers(response_logits(model, rows, cut), rows.targets)
-    hidden = cut.trunk(rows.tokens)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[rows.places]
-    count = rows.places.size
-    vocabulary = cut.head(hidden[:1]).shape[-1]  # lazily: the shape alone is asked for, nothing is computed
-    step = max(1, LOGIT_BYTES // (4 * vocabulary))
-
-    spans = [slice(start, start + step) for start in range(0, count, step)]
-    chunks = [_after_head(cut.head, numbers, rows.targets[span]) for span in spans]
-    if len(chunks) > 1 and not cut.head_learns():
-        chunks = [mx.checkpoint(chunk) for chunk in chunks]
-    return mx.concatenate([chunk(hidden[span]) for chunk, span in zip(chunks, spans, strict=True)], axis=-1)
+def _numbers(cut: Parts, learning: bool) -> _Numbers:
+    if cut.head is None:
+        return _plain
+    if not learning:
+        return _no_slopes(cut.head)
+    return _learning_head(cut.model, cut.head) if cut.head_learns else _slopes(cut.head)
 
 
-def _after_head(head: _Head, numbers: _Numbers, targets: mx.array) -> _Head:
-    return lambda hidden: numbers(head(hidden), targets)
-
-
-def _picked(logits: mx.array, targets: mx.array) -> mx.array:
+def _plain(logits: mx.array, targets: mx.array, squares: bool) -> mx.array:
+    """Of logits, differentiable by MLX itself."""
     logits = logits.astype(mx.float32)
-    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+    normaliser = mx.logsumexp(logits, axis=-1)
+    found = [mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - normaliser]
+    if squares:
+        found.append(mx.stop_gradient(mx.logsumexp(2 * logits, axis=-1) - 2 * normaliser))
+    return mx.stack(found)
 
 
-def _picked_with_squares(logits: mx.array, targets: mx.array) -> mx.array:
+class _Shares(NamedTuple):
+    """Softmax of logits before it is divided: e^(logit - highest), its sums, and log p of the targets."""
+
+    powers: mx.array
+    totals: mx.array
+    logps: mx.array
+
+    def stacked(self, squares: bool) -> mx.array:
+        if not squares:
+            return self.logps[None]
+        return mx.stack([self.logps, mx.log(self.powers.square().sum(axis=-1)) - 2 * mx.log(self.totals[:, 0])])
+
+
+def _shares(logits: mx.array, targets: mx.array) -> _Shares:
     logits = logits.astype(mx.float32)
-    squares = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
-    return mx.stack([_picked(logits, targets), squares])
+    highest = logits.max(axis=-1, keepdims=True)
+    powers = exp(logits - highest)
+    totals = powers.sum(axis=-1, keepdims=True)
+    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    return _Shares(powers, totals, (picked - highest - mx.log(totals))[:, 0])
 
 
-def row_sums(values: mx.array, rows: Rows) -> mx.array:
-    """Sums of per-token values over each row, (rows,)."""
-    return mx.zeros((rows.tokens.shape[0],), dtype=values.dtype).at[rows.row_of].add(values)
+def _no_slopes(head: _Head) -> _Numbers:
+    return lambda hidden, targets, squares: _shares(head(hidden), targets).stacked(squares)
+
+
+def _learning_head(model: nn.Module, head: _Head) -> _Numbers:
+    """With a head that has an adapter: its logits are computed again in the backward pass."""
+    outside, stream = model.trainable_parameters(), mx.default_stream(mx.default_device())
+
+    def numbers(hidden: mx.array, targets: mx.array, squares: bool) -> mx.array:
+        def inner(parameters: dict, hidden: mx.array) -> mx.array:
+            model.update(parameters)
+            with mx.stream(stream):
+                return _plain(head(hidden), targets, squares)
+
+        found = mx.checkpoint(inner)(outside, hidden)
+        model.update(outside)
+        return found
+
+    return numbers
+
+
+def _slopes(head: _Head) -> _Numbers:
+    """With a frozen head: the gradient by each hidden state is found at once and kept in place of the logits."""
+    stream = mx.default_stream(mx.default_device())
+
+    def numbers(hidden: mx.array, targets: mx.array, squares: bool) -> mx.array:
+        @mx.custom_function
+        def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
+            logits = head(hidden)
+            shares = _shares(logits, targets)
+            residual = shares.powers * (-1 / shares.totals)
+            residual = residual.at[mx.arange(targets.size), targets].add(1.0)
+            _, (slopes,) = mx.vjp(head, [hidden], [residual.astype(logits.dtype)])
+            return shares.stacked(squares), slopes
+
+        @forward.vjp
+        def backward(_: Any, cotangents: Any, outputs: Any) -> mx.array:
+            with mx.stream(stream):
+                return cotangents[0][0][:, None].astype(outputs[1].dtype) * outputs[1]
+
+        return cast("tuple[mx.array, mx.array]", forward(hidden))[0]
+
+    return numbers

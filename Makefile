@@ -28,7 +28,7 @@ check: .venv/ready-dev
 	$(BIN)/pyright
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -35,8 +35,8 @@ def assert_same(one: tuple, other: tuple, rel: float) -> None:
                 row["rewards/accuracies"] = 0.0
         assert mine == pytest.approx(yours, rel=rel, abs=1e-5)
     for name, value in one[1].items():
-        # Adam moves even a weight whose gradient is all rounding: hence a hundredth of a step.
-        assert value == pytest.approx(other[1][name], rel=rel, abs=5e-5), name
+        # Adam moves even a weight whose gradient is all rounding: hence a fiftieth of a step.
+        assert value == pytest.approx(other[1][name], rel=rel, abs=1e-4), name
 
 
 def test_the_first_step_costs_ln_2_and_has_no_rewards(tiny_folder: Folder):

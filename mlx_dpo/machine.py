@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 _BLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -33,6 +34,15 @@ def load_fast_blas() -> str | None:
         _loaded_blas = name
         break
     return _loaded_blas
+
+
+def cache_folder() -> Path:
+    """Where numbers are kept that save work and can be had again: the system's place for it, or MLX_DPO_CACHE."""
+    if "MLX_DPO_CACHE" in os.environ:
+        return Path(os.environ["MLX_DPO_CACHE"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_dpo"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_dpo"
 
 
 def keep_freed_memory() -> None:

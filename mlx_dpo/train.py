@@ -12,20 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dpo import machine, storage
+from mlx_dpo import storage
 from mlx_dpo.align import record
 from mlx_dpo.align.adapting import attached, with_adapter_shape
 from mlx_dpo.align.demands import refuse_absurd, resolved
 from mlx_dpo.align.events import Event, Note, Phase, Planned
 from mlx_dpo.align.examples import Prepared, prepared
 from mlx_dpo.align.options import TrainOptions, as_toml
-from mlx_dpo.align.plan import Plan, planned
+from mlx_dpo.align.plan import Plan, limit_gb, planned, refuse_too_large
 from mlx_dpo.align.run import Run
 from mlx_dpo.align.schedule import default_rate
 from mlx_dpo.align.tracking import refuse_missing
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import CutCounts
 from mlx_dpo.models.adapters import AdapterShape
+from mlx_dpo.models.group import Group
 from mlx_dpo.models.load import load_to_compute, read_config
 from mlx_dpo.models.sizes import sizes
 from mlx_dpo.refusal import Refusal
@@ -46,12 +47,7 @@ class Checked(NamedTuple):
 
     def refuse_too_large(self) -> None:
         """Raise Refusal where the plan takes more memory than may be used."""
-        limit = self.options.memory_limit or machine.describe().memory_limit / 1e9
-        if self.plan.memory_gb > limit:
-            raise Refusal(
-                f"The run would take about {self.plan.memory_gb:.2g} GB and {limit:.2g} GB may be used: lower "
-                "--batch-size or --max-length, add --grad-checkpoint, or raise --memory-limit."
-            )
+        refuse_too_large(self.plan, self.options, read_config(self.options.model), self.examples.train)
 
 
 def run(
@@ -73,7 +69,7 @@ def run(
     loaded = load_to_compute(options.model)
     shape = attached(loaded, options)
     with storage.writing(home or options.out, "make room there, and go on with --resume"):
-        begun = Run(options, loaded, shape, ready.examples, ready.order, ready.plan.steps, home=home)
+        begun = Run(options, loaded, shape, ready.examples, ready.order, ready.plan, group=Group(), home=home)
         yield from begun.events(stop)
 
 
@@ -97,7 +93,7 @@ def checked(options: TrainOptions, start: AdapterShape | None = None) -> Checked
     examples = prepared(options, config)
     options = replace(options, holdout=examples.holdout)
     order = Order(len(examples.train), options.batch_size, options.grad_accumulation, options.seed, options.shuffle)
-    plan = planned(options, config, examples.train, examples.valid, order)
+    plan = planned(options, config, examples.train, examples.valid, order, limit_gb(options))
     _refuse_endless_warmup(options, plan.steps)
     return Checked(options, examples, order, plan)
 

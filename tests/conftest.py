@@ -1,10 +1,15 @@
 """Shared fixtures: tiny random models, one folder a family, built once a run."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+# What one test run remembers, the next one must not know.
+os.environ["MLX_DPO_CACHE"] = tempfile.mkdtemp(prefix="mlx-dpo-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
@@ -13,6 +18,8 @@ import mlx_dpo  # noqa: F401  (loads the BLAS before MLX)
 import pytest  # isort: skip
 import commands  # isort: skip
 import tiny  # isort: skip
+
+atexit.register(shutil.rmtree, os.environ["MLX_DPO_CACHE"], ignore_errors=True)
 
 # A shell in the background hands down an ignored Ctrl-C, and the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ from mlx_dpo.align.demands import resolved
 from mlx_dpo.align.events import Event
 from mlx_dpo.align.loss import Loss
 from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.align.plan import Batching
 from mlx_dpo.align.record import read_metrics
 from mlx_dpo.align.scores import Scores, mismatched, scored
 from mlx_dpo.align.trainer import Trainer
@@ -142,7 +143,9 @@ def trainer(loaded: Loaded, steps: int = 3, count: int = len(parity.PAIRS), **mo
         items = singles(items)
     loss = referring(loaded, items, loss, chosen.batch_size * chosen.grad_accumulation)
     order = Order(len(items), chosen.batch_size, chosen.grad_accumulation, chosen.seed, chosen.shuffle)
-    return Trainer(Forward.of(loaded.model), items, order, loss, chosen, steps)
+    return Trainer(
+        Forward.of(loaded.model), items, order, loss, chosen, steps, Batching(recompute=chosen.grad_checkpoint)
+    )
 
 
 def named(tree: Any) -> list[tuple[str, mx.array]]:

@@ -16,7 +16,7 @@ from mlx_dpo.align.evaluation import evaluated
 from mlx_dpo.align.events import Phase
 from mlx_dpo.align.intervals import bootstrap, wilson
 from mlx_dpo.align.objectives import TERMS
-from mlx_dpo.align.scores import OPENING, Scores, Sums, batch_scores, mismatched, scored
+from mlx_dpo.align.scores import OPENING, Scores, Sums, batch_of, batch_scores, mismatched, scored
 from mlx_dpo.align.trainer import Trainer
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.forward import Forward
@@ -105,7 +105,11 @@ def test_the_gradient_of_a_step_is_that_of_finite_differences(tiny_folder: Folde
 def test_sums_by_place_are_those_of_a_plain_loop(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
     pairs, forward = runs.pairs(loaded, 4), Forward.of(loaded.model)
-    found = batch_scores(forward, pairs, Sums(ld_alpha=0.3, whole=True, confidence=True))
+    found = batch_scores(
+        forward,
+        batch_of(forward, pairs, Sums(ld_alpha=0.3, whole=True, confidence=True)),
+        Sums(ld_alpha=0.3, whole=True, confidence=True),
+    )
     for side in Scores._fields:
         numbers = getattr(found, side)
         for place, pair in enumerate(pairs):
@@ -125,7 +129,7 @@ def test_sums_by_place_are_those_of_a_plain_loop(tiny_folder: Folder):
 def test_confidence_is_the_mean_odds_against_the_expected_probability(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
     pairs, forward = runs.pairs(loaded, 3), Forward.of(loaded.model)
-    found = batch_scores(forward, pairs, Sums(confidence=True))
+    found = batch_scores(forward, batch_of(forward, pairs, Sums(confidence=True)), Sums(confidence=True))
     pair = pairs[1]
     logits = np.array(loaded.model(mx.array([pair.prompt + pair.rejected])))[0].astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -139,7 +143,7 @@ def test_a_batch_or_a_data_set_gives_the_same_numbers(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
     pairs, forward, sums = runs.pairs(loaded), Forward.of(loaded.model), Sums(ld_alpha=0.5, whole=True)
     *_, data_set = scored(forward, pairs, 3, sums)
-    together = batch_scores(forward, pairs, sums)
+    together = batch_scores(forward, batch_of(forward, pairs, sums), sums)
     assert isinstance(data_set, Scores)
     for side in Scores._fields:
         for mine, yours in zip(getattr(data_set, side), getattr(together, side), strict=True):
@@ -149,7 +153,7 @@ def test_a_batch_or_a_data_set_gives_the_same_numbers(tiny_folder: Folder):
 def test_singles_give_the_numbers_of_their_pairs(tiny_folder: Folder):
     loaded = load(tiny_folder("llama"))
     pairs, forward = runs.pairs(loaded, 4), Forward.of(loaded.model)
-    paired = batch_scores(forward, pairs, Sums())
+    paired = batch_scores(forward, batch_of(forward, pairs, Sums()), Sums())
     *_, single = scored(forward, runs.singles(pairs), 3, Sums())
     assert isinstance(single, Scores)
     assert single.chosen.logps[:4] == pytest.approx(np.array(paired.chosen.logps), rel=1e-5)

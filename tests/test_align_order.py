@@ -3,32 +3,43 @@
 import pytest
 
 from mlx_dpo.align.schedule import default_rate, learning_rate, warmup_steps
-from mlx_dpo.data.batches import Order, by_length
+from mlx_dpo.data.batches import Order, by_cost, by_length
 
 
-def epoch(order: Order, number: int) -> list[list[list[int]]]:
+def epoch(order: Order, number: int) -> list[list[int]]:
     first = number * order.steps_an_epoch
     return [order.window(step) for step in range(first, first + order.steps_an_epoch)]
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (4, 1), (4, 3), (5, 2), (32, 1), (2, 8)])
-def test_an_epoch_holds_every_example_once_in_batches_no_larger_than_asked(batch: int, accumulation: int):
+def test_an_epoch_holds_every_example_once_in_windows_no_larger_than_asked(batch: int, accumulation: int):
     order = Order(23, batch, accumulation, seed=5, shuffle=True)
     for number in range(3):
         windows = epoch(order, number)
-        assert sorted(i for window in windows for some in window for i in some) == list(range(23))
-        assert all(len(window) <= accumulation for window in windows)
-        assert all(0 < len(some) <= batch for window in windows for some in window)
+        assert sorted(i for window in windows for i in window) == list(range(23))
+        assert all(0 < len(window) <= batch * accumulation for window in windows)
 
 
-def test_only_the_last_window_and_its_last_batch_are_smaller():
-    windows = epoch(Order(23, 4, 3, seed=0, shuffle=False), 0)
-    assert [[len(some) for some in window] for window in windows] == [[4, 4, 4], [4, 4, 3]]
+def test_only_the_last_window_is_smaller():
+    assert [len(window) for window in epoch(Order(23, 4, 3, seed=0, shuffle=False), 0)] == [12, 11]
 
 
 def test_the_order_is_that_of_the_rows_unless_shuffled():
-    assert Order(5, 2, 1, seed=9, shuffle=False).window(4) == [[2, 3]]
-    assert Order(5, 2, 1, seed=9, shuffle=False).window(2) == [[4]]
+    assert Order(5, 2, 1, seed=9, shuffle=False).window(4) == [2, 3]
+    assert Order(5, 2, 1, seed=9, shuffle=False).window(2) == [4]
+
+
+@pytest.mark.parametrize(("most", "budget"), [(3, None), (3, 20.0), (9, 20.0), (1, 5.0), (9, 5.0), (9, None)])
+def test_batches_by_cost_hold_all_and_keep_within_count_and_budget(most: int, budget: float | None):
+    costs = [3.0, 9.0, 1.0, 9.0, 5.0, 2.0, 2.0, 7.0]
+    items = list(range(10, 18))
+    batches = by_cost(items, costs, most, budget)
+    assert sorted(i for batch in batches for i in batch) == items
+    for batch in batches:
+        assert len(batch) <= most
+        assert budget is None or len(batch) == 1 or sum(costs[i - 10] for i in batch) <= budget
+    least = max(-(-8 // most), 1 if budget is None else -(-38 // int(budget)))
+    assert len(batches) <= (8 if budget == 5.0 else least + 1)
 
 
 def test_the_order_is_a_function_of_the_seed_and_the_step_alone():

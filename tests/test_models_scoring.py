@@ -18,7 +18,7 @@ from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded, load
 from mlx_dpo.models.rows import Rows, row_sums, rows_of
-from mlx_dpo.models.scoring import LOGIT_BYTES
+from mlx_dpo.models.scoring import LOGIT_BYTES, parts
 
 Folder = Callable[[str], Path]
 TEXTS = [
@@ -111,14 +111,15 @@ class Capped(nn.Module):
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
-        self.model, self.lm_head = inner.model, inner.lm_head
+        self.model, self.lm_head, self.layers = inner.model, inner.lm_head, inner.layers
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return 0.5 * mx.tanh(self.lm_head(self.model(tokens)))
 
 
-def test_a_model_that_is_more_than_trunk_and_head_is_not_cut(tiny_folder: Folder):
+def test_what_a_model_does_after_its_head_is_part_of_the_head(tiny_folder: Folder):
     capped = Capped(load(tiny_folder("llama-untied")).model)
     rows = rows_of(TEXTS)
+    assert parts(capped).head is not None
     found = np.array(row_sums(Forward.of(capped).token_logps(rows)[0], rows))
     assert found == pytest.approx([runs.naive_log_p(capped, *text) for text in TEXTS], rel=1e-5)

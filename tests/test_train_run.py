@@ -18,8 +18,7 @@ from mlx_dpo.align import objectives
 from mlx_dpo.align.events import Evaluated, Finished, Planned, Stepped
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.models.arrays import read_arrays
-from mlx_dpo.models.load import load, on_cpu
-from mlx_dpo.models.memory import Load, peak_bytes
+from mlx_dpo.models.load import load
 from mlx_dpo.refusal import Refusal
 
 Folder = Callable[[str], Path]
@@ -65,11 +64,8 @@ def test_a_dry_run_plans_and_writes_nothing(options: TrainOptions):
     plan = planned.plan
     assert (plan.pairs, plan.held_out, plan.tokens, plan.longest) == (8, 0, sum(lengths), max(lengths))
     assert (plan.steps_an_epoch, plan.steps) == (3, 6)
-    answers = 6 * max(len(answer) for pair in items for answer in (pair.chosen, pair.rejected))
-    load_of_three = Load(rows=6, length=max(lengths), responses=answers, rank=4, grad_checkpoint=False)
-    weights = (options.model / "model.safetensors").stat().st_size
-    assert plan.memory_gb * 1e9 == peak_bytes(loaded.config, weights, load_of_three, on_cpu=on_cpu())
-    assert not options.out.exists()
+    assert plan.at_once == 3
+    assert 4 * sum(value.size for _, value in runs.named(loaded.model.parameters())) < plan.memory_gb * 1e9 < 1e8
 
 
 def test_the_plan_is_what_happens(options: TrainOptions):
@@ -94,7 +90,7 @@ def test_evaluation_comes_when_asked_for_and_at_the_end(options: TrainOptions):
 
 
 def test_memory_beyond_the_limit_is_refused_before_anything_is_written(options: TrainOptions):
-    with pytest.raises(Refusal, match="may be used: lower --batch-size"):
+    with pytest.raises(Refusal, match="may be used: --max-length [0-9]+ would fit, or raise --memory-limit"):
         runs.run(replace(options, memory_limit=1e-3))
     assert not options.out.exists()
 

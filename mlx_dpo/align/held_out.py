@@ -15,11 +15,13 @@ from mlx_dpo.align.events import Event, Phase
 from mlx_dpo.align.examples import Prepared
 from mlx_dpo.align.loss import Loss
 from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.align.reference import Remembered
 from mlx_dpo.align.scores import Scores, mismatched, scored
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models import adapters
 from mlx_dpo.models.answers import divergence, greedy_answers
 from mlx_dpo.models.forward import Forward
+from mlx_dpo.models.group import Group
 from mlx_dpo.models.load import Loaded
 
 Row = dict[str, Any]
@@ -40,12 +42,18 @@ class Scorer(NamedTuple):
     loaded: Loaded
     forward: Forward
     options: TrainOptions
+    remembered: Remembered | None = None
+    group: Group = Group()
 
-    def scores(self, name: str, pairs: list[TokenisedPair], loss: Loss) -> Iterator[Any]:
-        """Score examples under the adapter as it is, yielding Phases called `name` and returning the Scores."""
+    def scores(self, name: str, pairs: list[TokenisedPair], loss: Loss, *, as_reference: bool = False) -> Iterator[Any]:
+        """Score examples under the adapter as it is, yielding Phases called `name` and returning the Scores.
+
+        `as_reference` says that the model is the run's reference now, which may be remembered.
+        """
         self.loaded.model.eval()
         yield Phase(name, 0, len(pairs))
-        for event in scored(self.forward, pairs, self.options.batch_size, loss.sums):
+        remembered = self.remembered if as_reference else None
+        for event in scored(self.forward, pairs, self.options.batch_size, loss.sums, remembered, self.group):
             if isinstance(event, Scores):
                 return event
             yield Phase(name, event.done, event.total)
@@ -55,11 +63,11 @@ class Scorer(NamedTuple):
         """Return `loss` with what the model as it is says of `pairs`, where the loss needs a reference."""
         if not loss.terms.needs_reference:
             return loss
-        reference = yield from self.scores(name, pairs, loss)
+        reference = yield from self.scores(name, pairs, loss, as_reference=True)
         if not loss.terms.is_unpaired:
             return replace(loss, reference=reference)
         strangers = mismatched(pairs, self.options.batch_size * self.options.grad_accumulation)
-        found = yield from self.scores(f"{name}: other answers", strangers, loss)
+        found = yield from self.scores(f"{name}: other answers", strangers, loss, as_reference=True)
         return replace(loss, reference=reference, strangers=strangers, strangers_reference=found.chosen.plain)
 
 
@@ -79,7 +87,9 @@ class HeldOut:
         self.loss = yield from self.scorer.with_reference("Scoring held-out pairs", self.pairs, self.loss)
         self.start = self.loss.reference
         if self.start is None:  # which is looked at also where the loss needs no reference
-            self.start = yield from self.scorer.scores("Scoring held-out pairs", self.pairs, self.loss)
+            self.start = yield from self.scorer.scores(
+                "Scoring held-out pairs", self.pairs, self.loss, as_reference=True
+            )
 
     def evaluation(self, step: int) -> Iterator[Any]:
         """Score under the adapter as it is, and return the row of metrics.jsonl; None where nothing is held out."""
@@ -90,7 +100,7 @@ class HeldOut:
         if self.loss.strangers is not None:
             found = yield from self.scorer.scores("Evaluating other answers", list(self.loss.strangers), self.loss)
             kl = self.loss.divergence(found.chosen.plain, list(range(len(self.pairs))))
-        return {"step": step} | evaluated(policy, self.start, self.pairs, self.loss, kl)
+        return self.scorer.group.from_first({"step": step} | evaluated(policy, self.start, self.pairs, self.loss, kl))
 
     def answers(self, step: int) -> Iterator[Any]:
         """Answer the questions, and return the row of samples.jsonl; None where there are none.
@@ -100,6 +110,9 @@ class HeldOut:
         if not self.asked:
             return None
         yield Phase("Answering sample questions", 0, 1)
+        return self.scorer.group.from_first(self._answers(step) if self.scorer.group.is_first else None)
+
+    def _answers(self, step: int) -> Row:
         loaded, options = self.scorer.loaded, self.scorer.options
         loaded.model.eval()
         answers = greedy_answers(loaded, self.asked, options.sample_tokens)

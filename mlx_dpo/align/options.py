@@ -132,6 +132,9 @@ class TrainOptions:
     """Stop after so many evaluations without a better one."""
     memory_limit: float | None = None
     """Refuse a run that would take more gigabytes than this. [default: 75% of what the machine recommends]"""
+    disk_limit: float | None = None
+    """Most gigabytes of numbers kept on disk while a run lasts, to compute less; 0 keeps none, then or later.
+    [default: a tenth of what is free]"""
     grad_checkpoint: bool = False
     """Keep less and compute more: about a third slower, for long texts in little memory."""
     samples: Whole = 3

@@ -23,8 +23,8 @@ SAMPLES = "samples.jsonl"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 _FREE_TO_CHANGE = {
-    "eval-every", "save-every", "keep-checkpoints", "memory-limit", "grad-checkpoint", "on-displacement", "kl-budget",
-    "track", "model", "data", "out", "adapter",
+    "eval-every", "save-every", "keep-checkpoints", "memory-limit", "disk-limit", "grad-checkpoint",
+    "on-displacement", "kl-budget", "track", "model", "data", "out", "adapter",
 }  # fmt: skip
 
 

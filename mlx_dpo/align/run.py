@@ -8,19 +8,20 @@ from statistics import fmean
 from typing import Any
 
 from mlx_dpo import storage
-from mlx_dpo.align import checkpoint, record, report, rescue
+from mlx_dpo.align import checkpoint, computing, record, report, rescue
 from mlx_dpo.align.events import Evaluated, Event, Finished, Interrupted, Note, Phase, Stepped, Warned
 from mlx_dpo.align.examples import Prepared
 from mlx_dpo.align.held_out import Best, HeldOut, Scorer
 from mlx_dpo.align.loss import Loss
 from mlx_dpo.align.monitor import PROBATION, Facts, Finding, Monitor
 from mlx_dpo.align.options import TrainOptions, as_toml
+from mlx_dpo.align.plan import Plan, batched, limit_gb
 from mlx_dpo.align.rescue import Rescue
 from mlx_dpo.align.tracking import tracked
 from mlx_dpo.align.trainer import NotFinite, Trainer
 from mlx_dpo.data.batches import Order
 from mlx_dpo.models import adapters
-from mlx_dpo.models.forward import Forward
+from mlx_dpo.models.group import Group
 from mlx_dpo.models.load import Loaded
 from mlx_dpo.refusal import Refusal
 
@@ -37,19 +38,20 @@ class Run:
         shape: adapters.AdapterShape,
         prepared: Prepared,
         order: Order,
-        steps: int,
+        plan: Plan,
+        *,
+        group: Group,
         home: Path | None = None,
     ):
         """Take a model whose adapter is attached; nothing is written yet.
 
-        `home` is the folder whose run.toml goes on with the run, where that is not --out.
+        Every rank of `group` makes the same run, each in an --out of its own. `home` is the folder whose run.toml goes
+        on with the run, where that is not --out.
         """
         self.options, self.loaded, self.shape, self.prepared, self.order = options, loaded, shape, prepared, order
         self.started = time.perf_counter()
-        self.steps = steps
+        self.plan, self.steps, self.group = plan, plan.steps, group
         self.resume_command = record.resume_command(home or options.out)
-        self.scorer = Scorer(loaded, Forward.of(loaded.model), options)
-        self.held_out = HeldOut(self.scorer, prepared, Loss.of(options))
         *data, questions = prepared.origin
         self.origin = record.origin(options.model, options.adapter, data, questions)
         self.checkpoints = options.out / record.CHECKPOINTS
@@ -71,7 +73,7 @@ class Run:
                     found = yield from self._evaluation()
                 else:
                     found = yield from self._advanced()
-                    if stop() and not found and not self._is_over():
+                    if self.group.any_of(stop()) and not found and not self._is_over():
                         self._save()
                         yield Interrupted(self.trainer.steps_done, self.resume_command)
                         return
@@ -94,13 +96,19 @@ class Run:
 
     def _begin(self, stack: ExitStack) -> Iterator[Event]:
         """Find the checkpoint, score the reference, check the start, answer the sample questions."""
-        options = self.options
+        options, train = self.options, self.prepared.train
         found = self._found() if options.resume else None
+        forward = yield from computing.forward_of(self.loaded, train, options)
+        remembered = computing.remembered(self.loaded, self.origin, options)
+        scorer = Scorer(self.loaded, forward, options, remembered, self.group)
+        self.held_out = HeldOut(scorer, self.prepared, Loss.of(options))
         with self._as_reference():
-            train = self.prepared.train
-            loss = yield from self.scorer.with_reference("Scoring the reference", train, Loss.of(options))
+            loss = yield from scorer.with_reference("Scoring the reference", train, Loss.of(options))
             yield from self.held_out.begin()
-        self.trainer = Trainer(self.scorer.forward, train, self.order, loss, options, self.steps)
+        batching = self.plan.batching
+        if not forward.shares:  # which could not be known before the model was there
+            batching, _, _ = batched(options, self.loaded.config, train, self.order, limit_gb(options), shared=False)
+        self.trainer = Trainer(forward, train, self.order, loss, options, self.steps, batching, self.group)
         self.trainer.check_start()
         self.rescues = rescue.from_numbers(found.state.numbers["rescues"]) if found else []
         done = found.state.numbers["steps_done"] if found else 0
@@ -174,7 +182,7 @@ class Run:
     def _stepped(self) -> Iterator[Any]:
         """Take a step; returns what has to be acted on."""
         try:
-            numbers = self.trainer.step()
+            numbers = self.group.from_first(self.trainer.step())
         except NotFinite as fault:
             if self.options.on_displacement == "rescue":
                 found = [Finding("not_finite", str(fault))]

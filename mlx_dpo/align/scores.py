@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_dpo.align.reference import Remembered
 from mlx_dpo.data.batches import by_length
 from mlx_dpo.data.tokenised import TokenisedPair
-from mlx_dpo.models.forward import Forward
-from mlx_dpo.models.rows import Rows, Said, row_sums
+from mlx_dpo.models.forward import Forward, States
+from mlx_dpo.models.group import Group
+from mlx_dpo.models.rows import Rows, Said, row_sums, tokens_of
 
+_ALONE = Group()
 OPENING = 5  # tokens; where a shortcut shows, if one was learnt
 
 
@@ -69,17 +72,32 @@ def texts(pairs: Sequence[TokenisedPair], *, whole: bool = False) -> list[Said]:
     return chosen + [Said(pair.prompt, pair.rejected) for pair in pairs if pair.rejected]
 
 
-def batch_scores(forward: Forward, pairs: Sequence[TokenisedPair], sums: Sums) -> Scores:
-    """Score a batch within a gradient, differentiably in `logps`, `plain` and `whole`; nothing is computed yet."""
+class Batch(NamedTuple):
+    """Examples laid out for the forward pass, with what they begin with above the lowest blocks."""
+
+    pairs: Sequence[TokenisedPair]
+    rows: Rows
+    states: States
+
+
+def batch_of(forward: Forward, pairs: Sequence[TokenisedPair], sums: Sums) -> Batch:
+    """Lay examples out; what lies below the adapters is computed, or remembered, here."""
     rows = forward.rows_of(texts(pairs, whole=sums.whole))
-    return _summed(forward.token_logps(rows, learning=True, squares=sums.confidence), rows, pairs, sums)
+    return Batch(pairs, rows, forward.states(rows))
+
+
+def batch_scores(forward: Forward, batch: Batch, sums: Sums) -> Scores:
+    """Score a batch within a gradient, differentiably in `logps`, `plain` and `whole`; nothing is computed yet."""
+    numbers = forward.token_logps(batch.rows, batch.states, learning=True, squares=sums.confidence)
+    return _summed(numbers, batch.rows, batch.pairs, sums)
 
 
 def computed_scores(forward: Forward, pairs: Sequence[TokenisedPair], sums: Sums) -> Scores:
     """Score a batch without a gradient, computed."""
-    rows = forward.rows_of(texts(pairs, whole=sums.whole))
+    batch = batch_of(forward, pairs, sums)
     with forward.at_work():
-        scores = _summed(forward.token_logps(rows, squares=sums.confidence), rows, pairs, sums)
+        numbers = forward.token_logps(batch.rows, batch.states, squares=sums.confidence)
+        scores = _summed(numbers, batch.rows, pairs, sums)
         mx.eval(scores)
     mx.clear_cache()
     return scores
@@ -127,21 +145,55 @@ def _confidence(aligned: mx.array, answer: mx.array, rows: Rows) -> mx.array:
     return mx.stop_gradient(mx.exp(row_sums(aligned * answer, rows) / row_sums(answer, rows)))
 
 
+def recalled_scores(forward: Forward, pairs: Sequence[TokenisedPair], sums: Sums, remembered: Remembered) -> Scores:
+    """The same of a reference, whose log-probabilities may be known from before, and are from now on.
+
+    A reference has no use for WPO's weights, and none are given.
+    """
+    said = texts(pairs, whole=sums.whole)
+    known = list(remembered.recalled(said))
+    missing = [text for text, values in zip(said, known, strict=True) if values is None]
+    if missing:
+        rows = forward.rows_of(missing)
+        with forward.at_work():
+            logps = np.array(forward.token_logps(rows)[0])
+        mx.clear_cache()
+        found = np.split(logps, np.cumsum([text.lead + len(text.answer) for text in missing])[:-1])
+        remembered.remember(missing, found)
+        new = iter(found)
+        known = [next(new) if values is None else values for values in known]
+    numbers = mx.array(np.concatenate([values for values in known if values is not None]))[None]
+    scores = _summed(numbers, tokens_of(said), pairs, sums._replace(confidence=False))
+    mx.eval(scores)
+    return scores
+
+
 def scored(
-    forward: Forward, pairs: Sequence[TokenisedPair], batch_size: int, sums: Sums
+    forward: Forward,
+    pairs: Sequence[TokenisedPair],
+    batch_size: int,
+    sums: Sums,
+    remembered: Remembered | None = None,
+    group: Group = _ALONE,
 ) -> Iterator[Progress | Scores]:
     """Score all examples, yielding progress after each batch and the Scores, as NumPy arrays, at the end.
 
-    Each side has a place for every example; where an example has no such answer, it holds 0.
+    Each side has a place for every example; where an example has no such answer, it holds 0. `remembered` is given
+    where the model is the reference; each rank of `group` computes a part, and all have all at the end.
     """
     found = empty_scores(len(pairs))
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
     done = 0
-    for batch in by_length(lengths, batch_size):
-        put(found, computed_scores(forward, [pairs[i] for i in batch], sums), pairs, batch)
+    batches = by_length(lengths, batch_size)
+    for batch in group.share(batches, [float(sum(lengths[i] for i in some)) for some in batches]):
+        some = [pairs[i] for i in batch]
+        if remembered is None:
+            put(found, computed_scores(forward, some, sums), pairs, batch)
+        else:
+            put(found, recalled_scores(forward, some, sums, remembered), pairs, batch)
         done += len(batch)
         yield Progress(done, len(pairs))
-    yield found
+    yield together(group, {}, 0.0, found)[2]
 
 
 def empty_scores(count: int) -> Scores:
@@ -155,6 +207,15 @@ def put(found: Scores, scores: Scores, pairs: Sequence[TokenisedPair], indices: 
         places = having(pairs, indices, side)
         for into, values in zip(getattr(found, side), getattr(scores, side), strict=True):
             into[places] = np.array(values)
+
+
+def together(group: Group, gradients: Any, loss: float, found: Scores) -> tuple[Any, float, Scores]:
+    """Gradients, loss and numbers of examples from all ranks, each of which holds zeros where it computed nothing."""
+    if group.size == 1:
+        return gradients, loss, found
+    numbers = [[mx.array(values) for values in side] for side in found]
+    gradients, total, numbers = group.summed([gradients, mx.array(loss, dtype=mx.float32), numbers])
+    return gradients, float(total), Scores(*(Answers(*map(np.array, side)) for side in numbers))
 
 
 def present(scores: Scores, pairs: Sequence[TokenisedPair], indices: Sequence[int]) -> Scores:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -16,17 +17,31 @@ from mlx_dpo.align.checkpoint import Checkpoint
 from mlx_dpo.align.loss import Loss, Window
 from mlx_dpo.align.optimizers import optimizer, set_rate
 from mlx_dpo.align.options import TrainOptions
+from mlx_dpo.align.plan import Batching, cost
 from mlx_dpo.align.rewards import rewards
 from mlx_dpo.align.schedule import learning_rate, warmup_steps
-from mlx_dpo.align.scores import Scores, batch_scores, computed_scores, empty_scores, having, present, put
-from mlx_dpo.data.batches import Order
+from mlx_dpo.align.scores import (
+    Scores,
+    batch_of,
+    batch_scores,
+    computed_scores,
+    empty_scores,
+    having,
+    present,
+    put,
+    together,
+)
+from mlx_dpo.data.batches import Order, by_cost
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.adapters import adapter_weights
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.forward import Forward
+from mlx_dpo.models.group import Group
 from mlx_dpo.models.load import compute_dtype
 from mlx_dpo.models.memory import recomputed_blocks
 from mlx_dpo.refusal import Refusal
+
+_ALONE, _WHOLE = Group(), Batching()
 
 
 class NotFinite(Refusal):
@@ -53,10 +68,17 @@ class Trainer:
         loss: Loss,
         options: TrainOptions,
         steps: int,
+        batching: Batching = _WHOLE,
+        group: Group = _ALONE,
     ):
-        """Train the adapter of `forward`'s model on `pairs` towards `loss`."""
-        self.forward, self.model, self.pairs, self.order = forward, forward.model, pairs, order
+        """Train the adapter of `forward`'s model on `pairs` towards `loss`.
+
+        `batching` says how much is computed at once; the ranks of `group` share the work.
+        """
+        self.forward = replace(forward, logit_bytes=batching.logit_bytes)
+        self.model, self.pairs, self.order = forward.model, pairs, order
         self.loss, self.options, self.steps = loss, options, steps
+        self.batching, self.group = batching, group
         self.steps_done = 0
         self.tokens_done = 0
         self.rate_factor = 1.0
@@ -69,9 +91,8 @@ class Trainer:
         """
         started = time.perf_counter()
         mx.reset_peak_memory()
-        batches = self.order.window(self.steps_done)
-        indices = [i for batch in batches for i in batch]
-        found = self._window(batches)
+        indices = self.order.window(self.steps_done)
+        found = self._window(indices)
         gradients, norm = _clipped(found.gradients, self.options.max_grad_norm)
         rate = self._rate()
         if not math.isfinite(found.loss) or not math.isfinite(norm):
@@ -108,40 +129,51 @@ class Trainer:
         rate = learning_rate(self.steps_done, self.steps, peak, schedule, warmup_steps(warmup, self.steps))
         return self.rate_factor * rate
 
-    def _window(self, batches: list[list[int]]) -> Step:
-        """Loss and gradient over all batches of a step."""
-        window = self.loss.window(self.pairs, [i for batch in batches for i in batch])
+    def _window(self, indices: list[int]) -> Step:
+        """Loss and gradient over all examples of a step, whichever rank and batch each is computed in."""
+        window = self.loss.window(self.pairs, indices)
+        batches = self._batches(indices)
         kl = self._divergence(window)
-        slopes = self._slopes(batches, window) if self.loss.terms.is_coupled and len(batches) > 1 else None
-        total, gradients, found = 0.0, None, empty_scores(len(self.pairs))
+        apart = len(indices) > max(map(len, batches), default=0)
+        slopes = self._slopes(batches, window) if self.loss.terms.is_coupled and apart else None
+        total, found = 0.0, empty_scores(len(self.pairs))
+        gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
         self.model.train()
         for number, batch in enumerate(batches):
             self._seed(number)
             with self.forward.at_work():
                 value, scores, new = self._gradients(batch, window, kl, slopes)
-                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                gradients = tree_map(mx.add, gradients, new)
                 mx.eval(value, scores, gradients)
             total += float(value)
             put(found, scores, self.pairs, batch)
         self.model.eval()
+        gradients, total, found = together(self.group, gradients, total, found)
         return Step(slopes.loss if slopes else total, gradients, found, kl)
+
+    def _batches(self, indices: list[int]) -> list[list[int]]:
+        """This rank's examples of a step, in batches that are computed at once."""
+        costs = {i: cost(self.pairs[i], shared=self.forward.shares) for i in indices}
+        mine = self.group.share(indices, list(costs.values()))
+        return by_cost(mine, [costs[i] for i in mine], self.options.batch_size, self.batching.at_once) if mine else []
 
     def _seed(self, batch: int) -> None:
         # Dropout depends on the place in the run alone, so that a resumed run draws the same.
-        mx.random.seed(_stream(self.options.seed, self.steps_done, batch))
+        mx.random.seed(_stream(self.options.seed, self.steps_done, batch * self.group.size + self.group.rank))
 
     def _gradients(
         self, batch: list[int], window: Window, kl: float | None, slopes: "_Slopes | None"
     ) -> tuple[mx.array, Scores, Any]:
         before = self.model.trainable_parameters()
+        laid = batch_of(self.forward, [self.pairs[i] for i in batch], self.loss.sums)
 
         def loss() -> tuple[mx.array, Scores]:
-            scores = batch_scores(self.forward, [self.pairs[i] for i in batch], self.loss.sums)
+            scores = batch_scores(self.forward, laid, self.loss.sums)
             if slopes is not None:
                 return slopes.along(scores, batch), scores
             return self.loss.share(scores, self.pairs, batch, window, kl), scores
 
-        with recomputed_blocks(self.model) if self.options.grad_checkpoint else nullcontext():
+        with recomputed_blocks(self.model) if self.batching.recompute else nullcontext():
             (value, scores), gradients = nn.value_and_grad(self.model, loss)()
         self.model.update(before)
         return value, scores, gradients
@@ -156,25 +188,31 @@ class Trainer:
         for number, batch in enumerate(batches):
             self._seed(number)
             put(found, self._computed(batch), self.pairs, batch)
+        _, _, found = together(self.group, {}, 0.0, found)
         return _Slopes(self.loss, found, self.pairs, window)
 
     def _divergence(self, window: Window) -> float | None:
         """The policy's divergence from the reference that KTO measures rewards from, over the window, at least 0."""
-        if self.loss.strangers is None:
+        strangers = self.loss.strangers
+        if strangers is None:
             return None
         self.model.eval()
-        policy = []
-        for start in range(0, len(window.indices), self.options.batch_size):
-            some = [self.loss.strangers[i] for i in window.indices[start : start + self.options.batch_size]]
-            policy.append(np.array(computed_scores(self.forward, some, self.loss.sums).chosen.plain))
-        return self.loss.divergence(np.concatenate(policy), window.indices)
+        found = empty_scores(len(strangers))
+        costs = [float(len(strangers[i].prompt) + len(strangers[i].chosen)) for i in window.indices]
+        mine = self.group.share(window.indices, costs)
+        for start in range(0, len(mine), self.options.batch_size):
+            some = mine[start : start + self.options.batch_size]
+            scores = computed_scores(self.forward, [strangers[i] for i in some], self.loss.sums)
+            put(found, scores, strangers, some)
+        _, _, found = together(self.group, {}, 0.0, found)
+        return self.loss.divergence(found.chosen.plain[window.indices], window.indices)
 
     def check_start(self) -> None:
         """Compare policy and reference on the first batch, before the first step: rewards 0, loss ln 2.
 
         Raises Refusal where they differ by more than the rounding of the model's number format.
         """
-        batch = self.order.window(0)[0]
+        batch = self.order.window(0)[: self.options.batch_size]
         self.model.eval()
         scores = self._computed(batch)
         for side in Scores._fields:

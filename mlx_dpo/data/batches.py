@@ -1,17 +1,20 @@
 """The order of examples: a function of the seed and the step alone, so that any step can be asked for again."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from mlx_dpo.models.group import shares
 
 
 @dataclass(frozen=True)
 class Order:
     """Which examples make up which step.
 
-    A step is a window of `accumulation` batches of `batch_size` examples. The last window of an epoch and its
-    last batch may be smaller; none is dropped.
+    A step is a window of `accumulation` times `batch_size` examples, whose loss is one. The last window of an epoch
+    may be smaller; none is dropped.
     """
 
     examples: int
@@ -29,15 +32,29 @@ class Order:
         """Steps in so many epochs, at least one."""
         return max(1, math.ceil(epochs * self.steps_an_epoch - 1e-9))
 
-    def window(self, step: int) -> list[list[int]]:
-        """The batches of step `step` (from 0), each a list of example numbers."""
+    def window(self, step: int) -> list[int]:
+        """The numbers of the examples of step `step` (from 0)."""
         epoch, place = divmod(step, self.steps_an_epoch)
         order = np.arange(self.examples)
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
         span = self.batch_size * self.accumulation
-        chosen = order[place * span : (place + 1) * span].tolist()
-        return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+        return order[place * span : (place + 1) * span].tolist()
+
+
+def by_cost(items: Sequence[int], costs: Sequence[float], most: int, budget: float | None) -> list[list[int]]:
+    """Items in the fewest batches of about the same cost, each of at most `most` items and within `budget`.
+
+    An item that goes beyond the budget by itself is a batch by itself. The same for the same items in the same order.
+    """
+    wanted = 0.0 if budget is None else sum(costs) / budget
+    count = max(math.ceil(len(items) / most), math.ceil(wanted), 1)
+    while True:
+        parts = [part for part in shares(costs, count) if part]
+        fit = (len(part) == 1 or (budget or math.inf) >= sum(costs[i] for i in part) for part in parts)
+        if count >= len(items) or (all(fit) and max(map(len, parts)) <= most):
+            return [[items[place] for place in part] for part in parts]
+        count += 1
 
 
 def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:

@@ -2,29 +2,34 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.models import exponentials, lanes, scoring
+from mlx_dpo.models import exponentials, lanes, lower, scoring
 from mlx_dpo.models.load import blocks
+from mlx_dpo.models.lower import Kept
 from mlx_dpo.models.prompts import Taken, fed
 from mlx_dpo.models.rows import Block, Rows, Text, rows_of
 from mlx_dpo.models.scoring import LOGIT_BYTES, Counted, Parts, parts
+
+States = list[list[mx.array]]  # for each block of rows, what its prompts and pieces begin with above the lowest blocks
 
 
 @dataclass(frozen=True)
 class Forward:
     """A model, cut before its head, and the way it is computed.
 
-    `shares` says that a prompt may be computed once for several answers; `logit_bytes` is the size of a chunk of the
-    head.
+    `shares` says that a prompt may be computed once for several answers; the lowest `depth` blocks are computed once
+    for all passes and remembered in `kept`, where there is one. `logit_bytes` is the size of a chunk of the head.
     """
 
     model: nn.Module
     cut: Parts
     shares: bool = False
+    depth: int = 0
+    kept: Kept | None = None
     logit_bytes: int = LOGIT_BYTES
 
     @classmethod
@@ -35,9 +40,16 @@ class Forward:
     @classmethod
     def of(cls, model: nn.Module) -> "Forward":
         """The best way for `model`, each shortcut tried on a few tokens before it is taken."""
-        cut = parts(model)
-        ways = (cls(model, cut, shares=True), cls(model, cut))
-        return ways[0] if same(*ways, _PROBE) else ways[1]
+        best = cls(model, parts(model))
+        for further in ({"shares": True}, {"depth": lower.depth_below(model)}):
+            tried = replace(best, **further)
+            if same(best, tried, _PROBE):
+                best = tried
+        return best
+
+    def keeping(self, kept: Kept | None) -> "Forward":
+        """The same with a memory for what lies below the adapters, where that pays."""
+        return replace(self, kept=kept) if self.depth else self
 
     def rows_of(self, texts: Sequence[Text]) -> Rows:
         """Texts laid out for this way: prompts are shared where that saves anything."""
@@ -50,38 +62,71 @@ class Forward:
         with exponentials.by_arithmetic(self.model), lanes.open_to_all():
             yield
 
-    def hidden(self, rows: Rows) -> mx.array:
+    def states(self, rows: Rows) -> States:
+        """What the lowest blocks make of the texts, from memory or computed now; empty where none is remembered."""
+        if not self.depth:
+            return []
+        known = {key: self.kept and self.kept.get(key) for text in rows.said for key in lower.keys_of(text)}
+        missing = [text for text in rows.said if any(known[key] is None for key in lower.keys_of(text))]
+        found = {key: states for key, states in known.items() if states is not None}
+        if missing:
+            found |= self._below(self.rows_of(missing))
+        return [lower.put_together(rows, block, found) for block in rows.blocks]
+
+    def _below(self, rows: Rows) -> dict[bytes, mx.array]:
+        with self.at_work(), lower.Reaching(self.model, self.depth) as reaching:
+            for number, block in enumerate(rows.blocks):
+                with lanes.lane(number):
+                    self._outputs(block)
+            mx.eval(reaching.states)
+        found = lower.taken_apart(rows, reaching.states)
+        mx.eval(found)
+        if self.kept is not None:
+            for key, states in found.items():
+                self.kept.put(key, states)
+        return found
+
+    def hidden(self, rows: Rows, states: States) -> mx.array:
         """Outputs of the trunk at the scored places, (scored, width): hidden states, or logits of an uncut model."""
         outputs = []
         for number, block in enumerate(rows.blocks):
             with lanes.lane(number):
-                outputs += self._outputs(block)
+                outputs += self._outputs(block, states[number] if states else None)
         return mx.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])[rows.places]
 
-    def _outputs(self, block: Block) -> list[mx.array]:
-        outputs, taken = [], []
-        if block.prompts is not None:
-            taken = [Taken() for _ in blocks(self.model)]
-            outputs.append(self.cut.trunk(block.prompts, cache=taken))
+    def _outputs(self, block: Block, states: list[mx.array] | None = None) -> list[mx.array]:
+        """The trunk's outputs for a block's prompts and pieces, (rows, length, width) each."""
+        outputs, given = [], iter(states or [])
+
+        def trunk(tokens: mx.array, caches: list | None) -> mx.array:
+            with contextlib.ExitStack() as stack:
+                if states is not None:
+                    stack.enter_context(lower.handing_on(self.model, self.depth, next(given)))
+                return self.cut.trunk(tokens) if caches is None else self.cut.trunk(tokens, cache=caches)
+
+        if block.prompts is None:
+            return [trunk(piece.tokens, None) for piece in block.pieces]
+        taken = [Taken() for _ in blocks(self.model)]
+        outputs.append(trunk(block.prompts, taken))
         for piece in block.pieces:
-            if piece.prompt_of is None or block.lengths is None:
-                outputs.append(self.cut.trunk(piece.tokens))
-            else:
-                outputs.append(self.cut.trunk(piece.tokens, cache=fed(taken, piece.prompt_of, block.lengths)))
+            outputs.append(trunk(piece.tokens, fed(taken, piece, block)))
         return outputs
 
-    def token_logps(self, rows: Rows, *, learning: bool = False, squares: bool = False) -> mx.array:
+    def token_logps(
+        self, rows: Rows, states: States | None = None, *, learning: bool = False, squares: bool = False
+    ) -> mx.array:
         """log p of each scored token, (1, scored) float32, and with `squares` log Σ p² in a second row.
 
-        Differentiable by the adapter where `learning` says so.
+        Differentiable by the adapter where `learning` says so; `states` are what `states(rows)` gave before.
         """
         how = Counted(learning, squares, self.logit_bytes)
-        return scoring.token_logps(self.hidden(rows), rows.targets, self.cut, how)
+        known = self.states(rows) if states is None else states
+        return scoring.token_logps(self.hidden(rows, known), rows.targets, self.cut, how)
 
     def log_p(self, rows: Rows) -> mx.array:
         """Log-probabilities of every token at the scored places, (scored, vocabulary) float32, computed."""
         with self.at_work():
-            found = scoring.log_p(self.hidden(rows), self.cut)
+            found = scoring.log_p(self.hidden(rows, self.states(rows)), self.cut)
             mx.eval(found)
         return found
 
@@ -93,7 +138,6 @@ _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeErr
 
 def same(one: Forward, other: Forward, texts: Sequence[Text]) -> bool:
     """Whether two ways give the same log-probabilities of (prompt, answer) texts, but for rounding."""
-
     try:
         expected, found = (way.token_logps(rows_of(texts, shared=way.shares)) for way in (one, other))
         return bool(mx.allclose(expected, found, rtol=_ROUNDING, atol=_ROUNDING).item())

@@ -1,22 +1,22 @@
 """Memory: what a run will take, and the exchange of time for it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dpo.models import lanes
 from mlx_dpo.models.arrays import named_arrays
-from mlx_dpo.models.load import blocks
+from mlx_dpo.models.load import blocks, on_cpu
 from mlx_dpo.models.prompts import Fed, Taken
-from mlx_dpo.models.scoring import LOGIT_BYTES
 from mlx_dpo.models.sizes import Sizes, sizes
 from mlx_dpo.models.standing_in import called_as
 
 # Fitted to measured peaks, which the sum below meets within a quarter; see tests/test_models_memory.py.
-_LOGIT_COPIES, _CHUNK_COPIES = 2.8, 4.3
+_CHUNK_COPIES = 3.0
 
 
 class _Copies(NamedTuple):
@@ -72,49 +72,71 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(value.nbytes for value in named_arrays(model.parameters()).values())
 
 
-class Load(NamedTuple):
-    """The largest batch of a run: rows, their padded length and response tokens in all; and how it learns.
+class Adapting(NamedTuple):
+    """What learns: LoRA of this rank in so many blocks from the top (None: all), and whether with dropout."""
 
-    `layers` blocks from the top are adapted, None means all; the backward pass goes no lower.
-    """
-
-    rows: int
-    length: int
-    responses: int
     rank: int
-    grad_checkpoint: bool
-    dropout: bool = False
     layers: int | None = None
+    dropout: bool = False
 
 
-def peak_bytes(config: dict[str, Any], weights: int, load: Load, *, on_cpu: bool) -> float:
+class Load(NamedTuple):
+    """A batch as it is computed: tokens in all, the most in one piece, attention scores a head, scored tokens."""
+
+    tokens: int
+    piece: int
+    scores: int
+    piece_scores: int
+    prompts: int
+    responses: int
+
+    @classmethod
+    def of(cls, texts: Sequence[Any], *, shared: bool) -> "Load":
+        """The load of examples with a prompt and one or two answers (`prompt`, `chosen`, `rejected`)."""
+        pieces, tokens, scores, prompts, responses = [], 0, 0, 0, 0
+        for text in texts:
+            prompt, answers = len(text.prompt), [len(a) for a in (text.chosen, text.rejected) if a]
+            once = shared and len(answers) > 1
+            rows = [(a, prompt + a) for a in answers] if once else [(prompt + a, prompt + a) for a in answers]
+            if once:
+                rows.append((prompt, prompt))
+                prompts += prompt
+            tokens += sum(row for row, _ in rows)
+            scores += sum(row * seen for row, seen in rows)
+            responses += sum(answers)
+            pieces += [(row, row * seen) for row, seen in rows]
+        return cls(tokens, max(t for t, _ in pieces), scores, max(s for _, s in pieces), prompts, responses)
+
+
+def peak_bytes(
+    config: dict[str, Any], weights: int, load: Load, adapting: Adapting, recompute: bool, logit_bytes: int
+) -> float:
     """Estimate the peak memory of a training step in bytes, from the model's configuration alone.
 
-    Counts weights, adapter with gradient and two moments, and what the backward pass keeps: of every adapted block
-    with the logits; or, with recomputed blocks, their inputs and the larger of one block and the logits.
+    Counts weights, adapter with gradient and two moments, and what the backward pass keeps: of every adapted block;
+    or, with recomputed blocks, their inputs and what one piece of text leaves while its block is computed again.
     """
     size = sizes(config)
     is_float32 = (config.get("torch_dtype") or config.get("dtype")) == "float32"
-    number = 4 if on_cpu or is_float32 else 2
-    if on_cpu:  # nothing is packed there: four bytes a parameter
+    number = 4 if on_cpu() or is_float32 else 2
+    if on_cpu():  # nothing is packed there: four bytes a parameter
         weights = 4 * _parameters(size, tied=_tied(config))
-    learning = min(load.layers or size.layers, size.layers)
-    adapter = learning * load.rank * (6 * size.hidden + 3 * (size.hidden + size.inner)) * 16
-    wanted = load.responses * size.vocabulary * 4
-    chunked = wanted > LOGIT_BYTES
-    if load.grad_checkpoint:
-        inputs = learning * load.rows * load.length * size.hidden * number
-        logits = min(wanted, LOGIT_BYTES) * (_CHUNK_COPIES if chunked else _LOGIT_COPIES)
-        return weights + adapter + inputs + max(_block_bytes(size, load, _RECOMPUTED, number), logits)
-    kept = learning * _block_bytes(size, load, _KEPT, number)
-    return weights + adapter + kept + min(wanted, LOGIT_BYTES) * _LOGIT_COPIES
+    learning = min(adapting.layers or size.layers, size.layers)
+    adapter = learning * adapting.rank * (6 * size.hidden + 3 * (size.hidden + size.inner)) * 16
+    chunk = min(load.responses * size.vocabulary * 4, logit_bytes * lanes.count()) * _CHUNK_COPIES
+    if recompute:
+        inputs = learning * number * (load.tokens * size.hidden + 2 * load.prompts * size.kv_width)
+        again = min(lanes.count(), 2) * number * _kept(size, load.piece, load.piece_scores, adapting, _RECOMPUTED)
+        return weights + adapter + inputs + max(again, chunk)
+    kept = learning * number * _kept(size, load.tokens, load.scores, adapting, _KEPT)
+    return weights + adapter + kept + chunk
 
 
-def _block_bytes(size: Sizes, load: Load, copies: _Copies, number: int) -> float:
-    if load.dropout:
+def _kept(size: Sizes, tokens: int, scores: int, adapting: Adapting, copies: _Copies) -> float:
+    if adapting.dropout:
         copies = _Copies(*(a + b for a, b in zip(copies, _DROPPED, strict=True)))
-    wide = load.rows * load.length * (copies.hidden * size.hidden + copies.inner * size.inner)
-    return number * (wide + load.rows * size.heads * load.length**2 * copies.scores)
+    wide = tokens * (copies.hidden * size.hidden + copies.inner * size.inner)
+    return wide + size.heads * scores * copies.scores
 
 
 def _parameters(size: Sizes, *, tied: bool) -> int:

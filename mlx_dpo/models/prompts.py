@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from mlx_dpo.models.rows import Block, Piece
+
 
 class Taken:
     """Stands in for one layer's cache while prompts are computed, and keeps their keys and values."""
@@ -38,9 +40,9 @@ class Taken:
 class Fed:
     """Stands in for one layer's cache while answers are computed: each row goes on from its prompt."""
 
-    def __init__(self, kept: Sequence[mx.array], lengths: mx.array):
-        """Take the keys and values of the rows' prompts, padded on the right, and their lengths, (rows,) int32."""
-        self.arrays = tuple(kept)
+    def __init__(self, kept: Sequence[mx.array], lengths: mx.array, longest: int):
+        """Take the keys and values of the rows' prompts, padded to `longest`, and their lengths, (rows,) int32."""
+        self.arrays, self.longest = tuple(kept), longest
         self.kept: tuple[mx.array, ...] = ()
         self.offset = lengths
 
@@ -51,7 +53,7 @@ class Fed:
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """What each place of an answer sees, (rows, 1, length, prompt + length) bool: padding is in no window."""
-        prompt, ends = self.arrays[0].shape[2], self.offset[:, None, None, None]
+        prompt, ends = self.longest, self.offset[:, None, None, None]
         seen = mx.arange(prompt)[None, None, None, :]
         own = mx.arange(length)
         causal = own[:, None] >= own[None, :]
@@ -63,6 +65,9 @@ class Fed:
         return mx.concatenate([padding, causal], axis=-1)
 
 
-def fed(taken: Sequence[Taken], prompt_of: mx.array, lengths: mx.array) -> list[Fed]:
-    """A cache a layer for answers, from what the layers took up of the prompts."""
-    return [Fed([array[prompt_of] for array in layer.kept], lengths[prompt_of]) for layer in taken]
+def fed(taken: Sequence[Taken], piece: Piece, block: Block) -> list[Fed]:
+    """A cache a layer for a piece of answers, from what the layers took up of the block's prompts."""
+    if block.prompts is None or block.lengths is None or piece.prompt_of is None:
+        raise ValueError("these rows hold their prompts themselves")
+    of, longest = piece.prompt_of, block.prompts.shape[1]
+    return [Fed([array[of] for array in layer.kept], block.lengths[of], longest) for layer in taken]

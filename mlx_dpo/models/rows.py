@@ -24,20 +24,24 @@ class Piece(NamedTuple):
     """Token rows computed together, padded on the right, each going on from a prompt.
 
     tokens: (rows, length) int32. prompt_of: (rows,) int32, or None where the rows hold their prompts themselves.
+    texts: the number of each row's text.
     """
 
     tokens: mx.array
     prompt_of: mx.array | None
+    texts: list[int]
 
 
 class Block(NamedTuple):
     """Prompts and the pieces that go on from them; blocks do not depend on each other.
 
-    prompts: (prompts, length) int32, padded on the right, or None where nothing is shared; lengths: (prompts,) int32.
+    prompts: (prompts, length) int32, padded on the right, or None where nothing is shared; lengths: (prompts,) int32;
+    prompt_texts: the number of a text that has the prompt, for each.
     """
 
     prompts: mx.array | None
     lengths: mx.array | None
+    prompt_texts: list[int]
     pieces: list[Piece]
 
     @property
@@ -51,8 +55,8 @@ class Rows(NamedTuple):
 
     places: (scored,) positions whose output predicts `targets`, in the outputs of all blocks flattened, each block's
     prompts before its pieces. targets, row_of, ordinals: (scored,) int32, the token predicted, the row it belongs to
-    and its number among that row's scored tokens, from 0. texts: how many rows there are; tokens: of them, without
-    padding, equal prompts counted once where they are shared.
+    and its number among that row's scored tokens, from 0. said: the texts themselves, one a row; tokens: how many
+    they have, equal prompts counted once where they are shared.
     """
 
     blocks: list[Block]
@@ -60,7 +64,7 @@ class Rows(NamedTuple):
     targets: mx.array
     row_of: mx.array
     ordinals: mx.array
-    texts: int
+    said: list[Said]
     tokens: int
 
     @property
@@ -83,11 +87,17 @@ def rows_of(texts: Sequence[Text], *, shared: bool = False, lanes: int = 1) -> R
             places[number] = at + offset
         offset += block.computed
         tokens += count
+    at = mx.array(np.concatenate(places).astype(np.int32))
+    return tokens_of(said)._replace(blocks=[block for block, _, _ in laid], places=at, tokens=tokens)
+
+
+def tokens_of(said: list[Said]) -> Rows:
+    """The scored tokens of texts without a place, for numbers that are known already."""
     targets = [[*text.prompt[len(text.prompt) - text.lead :], *text.answer] for text in said]
     counts = [len(target) for target in targets]
-    parts = (places, targets, [np.full(c, i) for i, c in enumerate(counts)], [np.arange(c) for c in counts])
-    places_, targets_, row_of, ordinals = (mx.array(np.concatenate(part).astype(np.int32)) for part in parts)
-    return Rows([block for block, _, _ in laid], places_, targets_, row_of, ordinals, len(said), tokens)
+    parts = (targets, [np.full(c, i) for i, c in enumerate(counts)], [np.arange(c) for c in counts])
+    targets_, row_of, ordinals = (mx.array(np.concatenate(part).astype(np.int32)) for part in parts)
+    return Rows([], mx.zeros((0,), dtype=mx.int32), targets_, row_of, ordinals, said, 0)
 
 
 def _dealt(said: list[Said], shared: bool, lanes: int) -> list[list[int]]:
@@ -107,7 +117,7 @@ def _dealt(said: list[Said], shared: bool, lanes: int) -> list[list[int]]:
 
 def row_sums(values: mx.array, rows: Rows) -> mx.array:
     """Sums of per-token values over each row, (rows,)."""
-    return mx.zeros((rows.texts,), dtype=values.dtype).at[rows.row_of].add(values)
+    return mx.zeros((len(rows.said),), dtype=values.dtype).at[rows.row_of].add(values)
 
 
 def grouped(lengths: Sequence[int], waste: float = WASTE) -> list[list[int]]:
@@ -143,7 +153,7 @@ def _plain(said: list[Said], numbers: list[int]) -> _Laid:
     inputs = {i: [*said[i].prompt, *said[i].answer[:-1]] for i in numbers}
     firsts = {i: len(said[i].prompt) - said[i].lead - 1 for i in numbers}
     pieces, places = _pieces(inputs, firsts, 0, None)
-    return Block(None, None, pieces), places, sum(map(len, inputs.values()))
+    return Block(None, None, [], pieces), places, sum(map(len, inputs.values()))
 
 
 def _shared(said: list[Said], numbers: list[int]) -> _Laid:
@@ -157,7 +167,12 @@ def _shared(said: list[Said], numbers: list[int]) -> _Laid:
         end = prompt_of[i] * tokens.shape[1] + len(said[i].prompt)
         places[i] = np.append(np.arange(end - said[i].lead - 1, end), going_on.get(i, []))
     lengths = mx.array([len(prompt) for prompt in prompts], dtype=mx.int32)
-    return Block(mx.array(tokens), lengths, pieces), places, sum(map(len, prompts)) + sum(map(len, inputs.values()))
+    firsts = {prompt: i for i, prompt in reversed(prompt_of.items())}
+    return (
+        Block(mx.array(tokens), lengths, [firsts[p] for p in range(len(prompts))], pieces),
+        places,
+        sum(map(len, prompts)) + sum(map(len, inputs.values())),
+    )
 
 
 def _pieces(
@@ -171,7 +186,7 @@ def _pieces(
         for row, i in enumerate(some):
             places[i] = offset + row * tokens.shape[1] + np.arange(firsts[i], len(inputs[i]))
         of = None if prompt_of is None else mx.array([prompt_of[i] for i in some], dtype=mx.int32)
-        pieces.append(Piece(mx.array(tokens), of))
+        pieces.append(Piece(mx.array(tokens), of, some))
         offset += tokens.size
     return pieces, places
 

@@ -19,13 +19,14 @@ _LARGEST = {
 
 
 class Sizes(NamedTuple):
-    """Width, inner width, blocks, heads, heads of keys and values, and tokens known."""
+    """Width, inner width, blocks, heads, heads of keys and values, the width of all of these, and tokens known."""
 
     hidden: int
     inner: int
     layers: int
     heads: int
     kv_heads: int
+    kv_width: int
     vocabulary: int
 
 
@@ -40,12 +41,14 @@ def sizes(config: dict[str, Any]) -> Sizes:
     if not hidden or not layers:
         raise Refusal("The model's config.json names no hidden_size or num_hidden_layers: run mlx_dpo convert on it.")
     heads = text.get("num_attention_heads") or text.get("n_head") or max(1, hidden // 64)
+    kv_heads = _largest(text.get("num_key_value_heads") or heads)
     return Sizes(
         hidden=hidden,
         inner=_largest(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden),
         layers=layers,
         heads=heads,
-        kv_heads=_largest(text.get("num_key_value_heads") or heads),
+        kv_heads=kv_heads,
+        kv_width=kv_heads * (text.get("head_dim") or hidden // heads),
         vocabulary=config.get("vocab_size") or text.get("vocab_size") or 0,
     )
 

@@ -6,3 +6,4 @@ __version__ = "0.1.0"
 
 machine.load_fast_blas()  # has to happen before the first `import mlx.core`
 machine.keep_freed_memory()
+machine.order_work_by_breadth()

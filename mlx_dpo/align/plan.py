@@ -17,7 +17,7 @@ from mlx_dpo.models.weights import weight_files
 from mlx_dpo.refusal import Refusal
 
 _LANE_TOKENS = 512  # on the CPU more at once is no faster
-_LEAST_LOGIT_BYTES = LOGIT_BYTES // 8
+_LEAST_LOGIT_BYTES = 2**23
 _MOST_STEPS = 2000  # that are gone through to find the largest batch; the longest example is always looked at
 
 

@@ -133,7 +133,8 @@ def attention(
         if isinstance(mask, str):
             mask = mx.arange(places - length, places)[:, None] >= mx.arange(places)[None]
         if mask.ndim > 2:
-            mask = mx.expand_dims(mask, 2) if mask.shape[1] == 1 else mask.reshape(rows, groups, -1, length, places)
+            mask = mask if mask.ndim == 4 else mask[None]
+            mask = mx.expand_dims(mask, 2) if mask.shape[1] == 1 else mx.unflatten(mask, 1, (groups, -1))
         scores = mx.where(mask, scores, _NEVER) if mask.dtype == mx.bool_ else scores + mask
     return (softmax(scores) @ values[:, :, None]).reshape(rows, heads, length, values.shape[-1])
 

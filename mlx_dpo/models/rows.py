@@ -161,7 +161,8 @@ def _shared(said: list[Said], numbers: list[int]) -> _Laid:
     prompt_of = {i: prompts.setdefault(tuple(said[i].prompt), len(prompts)) for i in numbers}
     tokens = _padded([list(prompt) for prompt in prompts])
     inputs = {i: list(said[i].answer[:-1]) for i in numbers if len(said[i].answer) > 1}
-    pieces, going_on = _pieces(inputs, dict.fromkeys(inputs, 0), tokens.size, prompt_of)
+    padding = tokens.size - sum(map(len, prompts))
+    pieces, going_on = _pieces(inputs, dict.fromkeys(inputs, 0), tokens.size, prompt_of, padding)
     places = {}
     for i in numbers:
         end = prompt_of[i] * tokens.shape[1] + len(said[i].prompt)
@@ -176,11 +177,19 @@ def _shared(said: list[Said], numbers: list[int]) -> _Laid:
 
 
 def _pieces(
-    inputs: dict[int, list[int]], firsts: dict[int, int], offset: int, prompt_of: dict[int, int] | None
+    inputs: dict[int, list[int]],
+    firsts: dict[int, int],
+    offset: int,
+    prompt_of: dict[int, int] | None,
+    wasted: float = 0.0,
 ) -> tuple[list[Piece], dict[int, np.ndarray]]:
-    """Pieces of input rows by number, and each row's places from its first scored one on, flattened after `offset`."""
+    """Pieces of input rows by number, and each row's places from its first scored one on, flattened after `offset`.
+
+    `wasted` tokens of padding are in the block already, and count.
+    """
     pieces, places, numbers = [], {}, list(inputs)
-    for group in grouped([len(row) for row in inputs.values()]):
+    tokens_given = sum(len(row) for row in inputs.values()) or 1
+    for group in grouped([len(row) for row in inputs.values()], max(0.0, WASTE - wasted / tokens_given)):
         some = [numbers[place] for place in group]
         tokens = _padded([inputs[i] for i in some])
         for row, i in enumerate(some):

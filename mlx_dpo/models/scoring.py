@@ -12,11 +12,12 @@ import mlx.nn as nn
 
 from mlx_dpo.models import lanes
 from mlx_dpo.models.exponentials import exp
-from mlx_dpo.models.load import blocks
+from mlx_dpo.models.load import blocks, on_cpu
 from mlx_dpo.models.lora import adapted_layers
 from mlx_dpo.models.standing_in import called_as
 
-LOGIT_BYTES = 64 * 2**20  # of float32 logits alive at once
+# Of float32 logits alive at once: small chunks stay in a processor's cache, a GPU wants more rows a product.
+LOGIT_BYTES = 2**24 if on_cpu() else 2**27
 
 
 class Parts(NamedTuple):
@@ -87,7 +88,10 @@ def token_logps(hidden: mx.array, targets: mx.array, cut: Parts, how: Counted) -
     found = []
     for place, span in enumerate(spans):
         with lanes.lane(place):
-            found.append(_numbers(cut, how.learning)(hidden[span], targets[span], how.squares))
+            given = hidden[span]
+            if place >= lanes.count():
+                given = mx.depends([given], [found[place - lanes.count()]])[0]
+            found.append(_numbers(cut, how.learning)(given, targets[span], how.squares))
     return mx.concatenate(found, axis=-1)
 
 
@@ -168,7 +172,7 @@ def _slopes(head: _Head) -> _Numbers:
             residual = shares.powers * (-1 / shares.totals)
             residual = residual.at[mx.arange(targets.size), targets].add(1.0)
             _, (slopes,) = mx.vjp(head, [hidden], [residual.astype(logits.dtype)])
-            return shares.stacked(squares), slopes
+            return mx.depends([shares.stacked(squares)], [slopes])[0], slopes
 
         @forward.vjp
         def backward(_: Any, cotangents: Any, outputs: Any) -> mx.array:

@@ -38,7 +38,7 @@ from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.group import Group
 from mlx_dpo.models.load import compute_dtype
-from mlx_dpo.models.memory import recomputed_blocks
+from mlx_dpo.models.recomputing import recomputed_blocks
 from mlx_dpo.refusal import Refusal
 
 _ALONE, _WHOLE = Group(), Batching()

@@ -141,6 +141,7 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            gc.collect(0)  # what the block itself has left, so that it holds no array any longer
             gc.enable()
 
 

@@ -4,16 +4,19 @@ The gradient of log p with respect to its hidden state is (1[target] - p) throug
 logits are there anyway, so that the backward pass is one multiplication.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_dpo.models import lanes
+from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.exponentials import exp
 from mlx_dpo.models.load import blocks, on_cpu
 from mlx_dpo.models.lora import adapted_layers
+from mlx_dpo.models.recomputing import computed_again
 from mlx_dpo.models.standing_in import called_as
 
 # Of float32 logits alive at once: small chunks stay in a processor's cache, a GPU wants more rows a product.
@@ -145,15 +148,15 @@ def _no_slopes(head: _Head) -> _Numbers:
 
 def _learning_head(model: nn.Module, head: _Head) -> _Numbers:
     """With a head that has an adapter: its logits are computed again in the backward pass."""
-    outside, stream = model.trainable_parameters(), mx.default_stream(mx.default_device())
+    outside = model.trainable_parameters()
+    names = list(named_arrays(outside))
 
     def numbers(hidden: mx.array, targets: mx.array, squares: bool) -> mx.array:
-        def inner(parameters: dict, hidden: mx.array) -> mx.array:
-            model.update(parameters)
-            with mx.stream(stream):
-                return _plain(head(hidden), targets, squares)
+        def inner(arrays: Sequence[mx.array]) -> list[mx.array]:
+            model.update(tree_unflatten(list(zip(names, arrays[1:], strict=True))))
+            return [_plain(head(arrays[0]), targets, squares)]
 
-        found = mx.checkpoint(inner)(outside, hidden)
+        (found,) = computed_again(inner)([hidden, *named_arrays(outside).values()])
         model.update(outside)
         return found
 

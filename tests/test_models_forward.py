@@ -19,7 +19,7 @@ from mlx_dpo.models import adapters, lanes
 from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.forward import Forward, States
 from mlx_dpo.models.load import Loaded, blocks, load
-from mlx_dpo.models.memory import recomputed_blocks
+from mlx_dpo.models.recomputing import recomputed_blocks
 from mlx_dpo.models.rows import Rows, Said, row_sums, rows_of
 
 Folder = Callable[[str], Path]

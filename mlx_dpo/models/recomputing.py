@@ -7,9 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map
 
-from mlx_dpo.models.arrays import named_arrays
 from mlx_dpo.models.load import blocks
 from mlx_dpo.models.prompts import Fed, Taken
 from mlx_dpo.models.standing_in import called_as
@@ -57,37 +56,41 @@ def recomputed_blocks(model: nn.Module) -> contextlib.AbstractContextManager[Non
 
 
 def _recomputed(kind: type[nn.Module], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    outside = block.trainable_parameters()
-    names = list(named_arrays(outside))
-    given = [*args, *kwargs.values()]
-    caches = [value for value in given if isinstance(value, Taken | Fed)]
-    places = [place for place, value in enumerate(given) if _is_floating(value)]
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Taken | Fed)]
     before = [cache.arrays for cache in caches]
+    inputs = [block.trainable_parameters(), before, list(args), kwargs]
     high, low = np.array(mx.random.state).ravel().tolist()
-    is_single = True
+    outputs: list[Any] = []
 
     def inner(arrays: _Arrays) -> list[mx.array]:
-        nonlocal is_single
         # Dropout has to draw the same the second time, or the gradient belongs to another network.
         mx.random.seed(high << 32 | low)
-        rest = iter(arrays)
-        block.update(tree_unflatten([(name, next(rest)) for name in names]))
-        for cache, array in zip(caches, before, strict=True):
-            cache.arrays = tuple(next(rest) for _ in array)
-        own = {place: next(rest) for place in places}
-        now = [own.get(place, value) for place, value in enumerate(given)]
-        result = kind.__call__(block, *now[: len(args)], **dict(zip(kwargs, now[len(args) :], strict=True)))
-        is_single = isinstance(result, mx.array)
-        return [*([result] if is_single else result), *(array for cache in caches for array in cache.kept)]
+        parameters, given, own, named = _filled(inputs, arrays)
+        block.update(parameters)
+        for cache, array in zip(caches, given, strict=True):
+            cache.arrays = tuple(array)
+        outputs[:] = kind.__call__(block, *own, **named), [cache.kept for cache in caches]
+        return _arrays_in(outputs)
 
-    flat = [*named_arrays(outside).values(), *(a for arrays in before for a in arrays), *(given[p] for p in places)]
-    outputs = computed_again(inner)(flat)
-    block.update(outside)
-    rest = outputs[len(outputs) - sum(len(cache.kept) for cache in caches) :]
-    kept = iter(rest)
-    for cache, arrays in zip(caches, before, strict=True):
-        cache.arrays, cache.kept = arrays, tuple(next(kept) for _ in cache.kept)
-    return outputs[0] if is_single else tuple(outputs[: len(outputs) - len(rest)])
+    found = computed_again(inner)(_arrays_in(inputs))
+    block.update(inputs[0])
+    result, kept = _filled(outputs, found)
+    for cache, arrays, taken in zip(caches, before, kept, strict=True):
+        cache.arrays, cache.kept = arrays, tuple(taken)
+    return result
+
+
+def _arrays_in(tree: Any) -> list[mx.array]:
+    """The arrays that a gradient may go through, wherever they are in tuples, lists and dictionaries."""
+    found: list[mx.array] = []
+    tree_map(lambda leaf: found.append(leaf) if _is_floating(leaf) else None, tree)
+    return found
+
+
+def _filled(tree: Any, arrays: _Arrays) -> Any:
+    """The same tree with those arrays in their places."""
+    rest = iter(arrays)
+    return tree_map(lambda leaf: next(rest) if _is_floating(leaf) else leaf, tree)
 
 
 def _is_floating(value: Any) -> bool:

@@ -59,10 +59,11 @@ def _train(stages: Sequence[TrainOptions]) -> int:
     from mlx_dpo import console
     from mlx_dpo import stages as several
     from mlx_dpo import train as single
-    from mlx_dpo.align import record
+    from mlx_dpo.align import ranks, record
     from mlx_dpo.align.events import Finished, Interrupted
 
     out, plan_on = stages[0].out, console.out if stages[0].dry_run else console.err
+    console.leave_to_the_first(ranks.group().rank)
     try:
         with console.StopRequest().listening() as stop:
             run = single.run(stages[0], stop) if len(stages) == 1 else several.run(stages, stop)

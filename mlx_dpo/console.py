@@ -28,6 +28,9 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
+_speaker = "mlx_dpo"
+
+
 class StopRequest:
     """Set by the first Ctrl-C once there are steps; before them, and the second time, it interrupts at once."""
 
@@ -169,7 +172,15 @@ def fail(sentence: str) -> None:
     """
     text = re.sub(r"\n(?!  )", " ", sentence)
     shown = "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)
-    print(f"mlx_dpo: {shown}", file=sys.stderr)
+    print(f"{_speaker}: {shown}", file=sys.stderr)
+
+
+def leave_to_the_first(rank: int) -> None:
+    """Say nothing from here on but what goes wrong, as the first of several processes speaks for all."""
+    global _speaker
+    if rank:
+        out.quiet = err.quiet = True
+        _speaker = f"mlx_dpo, rank {rank}"
 
 
 def show_conversion(happenings: Iterable[conversion.Event]) -> conversion.Converted | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo import storage, train
-from mlx_dpo.align import checkpoint, record
+from mlx_dpo.align import checkpoint, ranks, record
 from mlx_dpo.align.adapting import shape_to_be
 from mlx_dpo.align.events import Event, Finished, Interrupted, Note, Phase, Stage
 from mlx_dpo.align.options import TrainOptions, as_toml, flag
@@ -27,6 +27,8 @@ def run(stages: Sequence[TrainOptions], stop: Callable[[], bool] = lambda: False
     Raises Refusal where the stages do not fit together and where `train.run` does, for all of them before the first
     is trained.
     """
+    if ranks.group().size > 1:
+        raise Refusal("Stages are trained by one process: start each stage by itself to share it among several.")
     _refuse_misfits(stages)
     out, placed = stages[0].out, _placed(stages)
     _check_out(stages)

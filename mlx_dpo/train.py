@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_dpo import storage
-from mlx_dpo.align import record
+from mlx_dpo.align import ranks, record
 from mlx_dpo.align.adapting import attached, with_adapter_shape
 from mlx_dpo.align.demands import refuse_absurd, resolved
 from mlx_dpo.align.events import Event, Note, Phase, Planned
@@ -26,7 +26,6 @@ from mlx_dpo.align.tracking import refuse_missing
 from mlx_dpo.data.batches import Order
 from mlx_dpo.data.tokenised import CutCounts
 from mlx_dpo.models.adapters import AdapterShape
-from mlx_dpo.models.group import Group
 from mlx_dpo.models.load import load_to_compute, read_config
 from mlx_dpo.models.sizes import sizes
 from mlx_dpo.refusal import Refusal
@@ -55,22 +54,24 @@ def run(
 ) -> Iterator[Event]:
     """Train, yielding what happens; `stop` is asked after each step, and True ends the run with all saved.
 
-    `home` is the folder whose run.toml goes on with the run, where that is not --out. Raises Refusal, before the model
-    is loaded where that is possible, for anything that cannot be right.
+    `home` is the folder whose run.toml goes on with the run, where that is not --out. Started by mlx.launch, the
+    processes share the work, and the first one's events and folder are the run's. Raises Refusal, before the model is
+    loaded where that is possible, for anything that cannot be right.
     """
-    _refuse_finished(options)
-    ready = checked(options)
-    yield from ready.announced()
-    options = ready.options
-    if options.dry_run:
-        return
-    ready.refuse_too_large()
-    yield Phase("Loading the model", 0, 1)
-    loaded = load_to_compute(options.model)
-    shape = attached(loaded, options)
-    with storage.writing(home or options.out, "make room there, and go on with --resume"):
-        begun = Run(options, loaded, shape, ready.examples, ready.order, ready.plan, group=Group(), home=home)
-        yield from begun.events(stop)
+    group = ranks.group()
+    with ranks.own_folder(options, group) as own:
+        _refuse_finished(own)
+        ready = checked(own)
+        yield from ready.announced()
+        if own.dry_run:
+            return
+        ready.refuse_too_large()
+        yield Phase("Loading the model", 0, 1)
+        loaded = load_to_compute(own.model)
+        shape = attached(loaded, ready.options)
+        with storage.writing(home or own.out, "make room there, and go on with --resume"):
+            begun = Run(ready.options, loaded, shape, ready.examples, ready.order, ready.plan, group=group, home=home)
+            yield from begun.events(stop)
 
 
 def checked(options: TrainOptions, start: AdapterShape | None = None) -> Checked:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from mlx_dpo import storage
-from mlx_dpo.align import checkpoint, computing, record, report, rescue
+from mlx_dpo.align import checkpoint, computing, ranks, record, report, rescue
 from mlx_dpo.align.events import Evaluated, Event, Finished, Interrupted, Note, Phase, Stepped, Warned
 from mlx_dpo.align.examples import Prepared
 from mlx_dpo.align.held_out import Best, HeldOut, Scorer
@@ -21,7 +21,7 @@ from mlx_dpo.align.tracking import tracked
 from mlx_dpo.align.trainer import NotFinite, Trainer
 from mlx_dpo.data.batches import Order
 from mlx_dpo.models import adapters
-from mlx_dpo.models.group import Group
+from mlx_dpo.models.group import Gone, Group
 from mlx_dpo.models.load import Loaded
 from mlx_dpo.refusal import Refusal
 
@@ -97,6 +97,7 @@ class Run:
     def _begin(self, stack: ExitStack) -> Iterator[Event]:
         """Find the checkpoint, score the reference, check the start, answer the sample questions."""
         options, train = self.options, self.prepared.train
+        ranks.refuse_other_files(self.origin, self.group)
         found = self._found() if options.resume else None
         forward = yield from computing.forward_of(self.loaded, train, options)
         remembered = computing.remembered(self.loaded, self.origin, options)
@@ -183,6 +184,9 @@ class Run:
         """Take a step; returns what has to be acted on."""
         try:
             numbers = self.group.from_first(self.trainer.step())
+        except Gone as fault:
+            self._save()
+            raise Refusal(f"{fault} What was learnt until step {self.trainer.steps_done} is saved.") from fault
         except NotFinite as fault:
             if self.options.on_displacement == "rescue":
                 found = [Finding("not_finite", str(fault))]

@@ -55,5 +55,5 @@ def remembered(loaded: Loaded, origin: dict[str, Any], options: TrainOptions) ->
     if options.disk_limit == 0:
         return None
     kind = mx.default_device().type.name
-    name = reference.identity(origin, str(compute_dtype(loaded.model)), kind)
+    name = reference.identity(origin, loaded.config, str(compute_dtype(loaded.model)), kind)
     return reference.Remembered(machine.cache_folder(), name)

@@ -87,7 +87,7 @@ class TrainOptions:
     steps: Whole | None = None
     """Number of steps, instead of --epochs."""
     batch_size: Whole = 4
-    """Pairs computed at once."""
+    """Pairs a batch, which is the most that is computed at once."""
     grad_accumulation: Whole = 1
     """Batches a step; the loss is that of all their pairs together."""
     max_length: Whole | None = None
@@ -131,12 +131,11 @@ class TrainOptions:
     patience: Whole | None = None
     """Stop after so many evaluations without a better one."""
     memory_limit: float | None = None
-    """Refuse a run that would take more gigabytes than this. [default: 75% of what the machine recommends]"""
+    """Most gigabytes of memory; less is computed at once to keep it. [default: 75% of what the machine recommends]"""
     disk_limit: float | None = None
-    """Most gigabytes of numbers kept on disk while a run lasts, to compute less; 0 keeps none, then or later.
-    [default: a tenth of what is free]"""
+    """Most gigabytes kept on disk to compute less; 0 keeps nothing. [default: a tenth of what is free]"""
     grad_checkpoint: bool = False
-    """Keep less and compute more: about a third slower, for long texts in little memory."""
+    """Keep less and compute more, about a third slower, also where the memory would do without."""
     samples: Whole = 3
     """Questions answered before, at each evaluation and after, for the report."""
     questions: Path | None = None

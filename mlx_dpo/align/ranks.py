@@ -15,7 +15,8 @@ from mlx_dpo.align.options import TrainOptions, as_toml
 from mlx_dpo.models.group import Group, joined
 from mlx_dpo.storage import write_whole
 
-_OWN = {"model", "data", "adapter", "questions", "memory-limit", "disk-limit"}  # may differ from machine to machine
+# May differ from machine to machine, as may the folder that a relative --out is looked for in.
+_OWN = {"model", "data", "adapter", "questions", "out", "memory-limit", "disk-limit"}
 
 
 @functools.cache
@@ -32,7 +33,9 @@ def own_folder(options: TrainOptions, ranks: Group) -> Iterator[TrainOptions]:
     same.
     """
     ranks.agree("version of mlx_dpo and its libraries", json.dumps(record.versions()))
-    ranks.agree("options", json.dumps({k: v for k, v in as_toml(options).items() if k not in _OWN}))
+    given = as_toml(options)
+    same = {name: value for name, value in given.items() if name not in _OWN}
+    ranks.agree("options", json.dumps([same, options.resume, options.dry_run]))
     before: dict[str, str] = {}
     if options.resume:
         before = ranks.from_first(_packed(options.out) if ranks.is_first else None)
@@ -44,6 +47,8 @@ def own_folder(options: TrainOptions, ranks: Group) -> Iterator[TrainOptions]:
         for name, text in before.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(out / name, base64.b64decode(text))
+        if record.RUN in before:  # with this rank's own places, since they will be compared
+            record.write_options(out, record.read_options(out) | {name: given[name] for name in _OWN})
         yield replace(options, out=out, track=())
 
 

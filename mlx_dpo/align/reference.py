@@ -16,10 +16,13 @@ _FORMAT = 1  # raised when the same model and tokens come to give other numbers
 _FULL = 2**29  # bytes; then the oldest quarter goes
 
 
-def identity(origin: Mapping[str, Any], dtype: str, device: str) -> bytes:
-    """The name of a reference: weights, start adapter, number format and kind of device; tokens are named apart."""
-    facts = [_FORMAT, origin["model"], origin["adapter"], dtype, device]
-    return hashlib.sha256(json.dumps(facts).encode()).digest()
+def identity(origin: Mapping[str, Any], config: Mapping[str, Any], dtype: str, device: str) -> bytes:
+    """The name of a reference: weights, what config.json makes of them, start adapter, number format, kind of device.
+
+    Tokens are named apart.
+    """
+    facts = [_FORMAT, origin["model"], config, origin["adapter"], dtype, device]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).digest()
 
 
 class Remembered:
@@ -33,6 +36,12 @@ class Remembered:
         self.reference = reference
         self.path = folder / "reference.sqlite"
         self.database = self._opened() or self._anew()
+
+    def close(self) -> None:
+        """Let go of the database; nothing is remembered any longer."""
+        if self.database is not None:
+            self.database.close()
+        self.database = None
 
     def _opened(self) -> sqlite3.Connection | None:
         with contextlib.suppress(sqlite3.Error, OSError):

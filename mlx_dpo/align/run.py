@@ -101,6 +101,9 @@ class Run:
         found = self._found() if options.resume else None
         forward = yield from computing.forward_of(self.loaded, train, options)
         remembered = computing.remembered(self.loaded, self.origin, options)
+        for kept in (forward.kept, remembered):
+            if kept is not None:
+                stack.callback(kept.close)
         scorer = Scorer(self.loaded, forward, options, remembered, self.group)
         self.held_out = HeldOut(scorer, self.prepared, Loss.of(options))
         with self._as_reference():

@@ -96,7 +96,7 @@ class Group:
         """Rank 0's value on every rank, as JSON gives it back; what the others hand in is not looked at."""
         text = json.dumps(value).encode() if self.is_first else b""
         if self._link is not None:
-            (length,) = np.array(self._link.exchanged(mx.distributed.all_sum, mx.array([len(text)], mx.int32)))
+            (length,) = np.array(self._link.exchanged(mx.distributed.all_sum, mx.array([len(text)], mx.int64)))
             padded = np.frombuffer(text.ljust(length, b"\0"), np.uint8)
             text = bytes(np.array(self._link.exchanged(mx.distributed.all_sum, mx.array(padded))))
         return json.loads(text)

@@ -71,6 +71,10 @@ class Kept:
         self.file, self.limit, self.end = tempfile.TemporaryFile(dir=folder), limit, 0  # noqa: SIM115 (open as long as this is)
         self.places: dict[bytes, tuple[int, tuple[int, ...], mx.Dtype]] = {}
 
+    def close(self) -> None:
+        """Forget all of it."""
+        self.file.close()
+
     def put(self, key: bytes, states: mx.array) -> None:
         """Keep (tokens, width) states, if there is room."""
         if key in self.places or self.end + states.nbytes > self.limit:

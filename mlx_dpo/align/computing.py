@@ -1,5 +1,6 @@
 """How a run computes: the shortcuts that its model allows on its own data, and what it remembers."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,10 +10,12 @@ import mlx.core as mx
 
 from mlx_dpo import machine
 from mlx_dpo.align import reference
-from mlx_dpo.align.events import Note
+from mlx_dpo.align.events import Event, Note, Phase
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.align.scores import texts
+from mlx_dpo.data.batches import by_length
 from mlx_dpo.data.tokenised import TokenisedPair
+from mlx_dpo.models.adapters import read_folder
 from mlx_dpo.models.forward import Forward, same
 from mlx_dpo.models.load import Loaded, compute_dtype
 from mlx_dpo.models.lower import Kept
@@ -39,15 +42,28 @@ def forward_of(loaded: Loaded, pairs: Sequence[TokenisedPair], options: TrainOpt
         best = replace(best, shares=False)
     if best.depth and not same(plain, replace(plain, depth=best.depth), said):
         best = replace(best, depth=0)
+        yield Note(_WHOLE)
     if sharing and not best.shares:
         yield Note(_ALONE)
     if best.depth and options.disk_limit != 0:
-        folder = machine.cache_folder()
-        limit = options.disk_limit
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        free = _SHARE_OF_DISK * shutil.disk_usage(folder).free
-        best = best.keeping(Kept(folder, free if limit is None else limit * 1e9))
+        with contextlib.suppress(OSError):  # without the disk it is computed anew in every step
+            folder = machine.cache_folder()
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            free = _SHARE_OF_DISK * shutil.disk_usage(folder).free
+            best = best.keeping(Kept(folder, free if options.disk_limit is None else options.disk_limit * 1e9))
     return best
+
+
+def fill(forward: Forward, pairs: Sequence[TokenisedPair], batch_size: int) -> Iterator[Event]:
+    """Compute what lies below the adapters, always in the same batches, so that a resumed run has the same bits."""
+    if forward.kept is None or not pairs:
+        return
+    lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    done = 0
+    for batch in by_length(lengths, batch_size):
+        forward.states(forward.rows_of(texts([pairs[i] for i in batch])))
+        done += len(batch)
+        yield Phase("Computing what lies below the adapters", done, len(pairs))
 
 
 def remembered(loaded: Loaded, origin: dict[str, Any], options: TrainOptions) -> reference.Remembered | None:
@@ -55,5 +71,6 @@ def remembered(loaded: Loaded, origin: dict[str, Any], options: TrainOptions) ->
     if options.disk_limit == 0:
         return None
     kind = mx.default_device().type.name
-    name = reference.identity(origin, loaded.config, str(compute_dtype(loaded.model)), kind)
+    start = None if options.adapter is None else read_folder(options.adapter)
+    name = reference.identity(origin, loaded.config, start, str(compute_dtype(loaded.model)), kind)
     return reference.Remembered(machine.cache_folder(), name)

@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {  # low, high, low allowe
     "kl_budget": (0, 1e3, False, True),
     "patience": (1, 1e6, True, True),
     "memory_limit": (0, 1e5, False, True),
+    "disk_limit": (0, 1e6, True, True),
     "samples": (0, 100, True, True),
     "sample_tokens": (1, 4096, True, True),
 }

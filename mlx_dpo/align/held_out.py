@@ -42,6 +42,7 @@ class Scorer(NamedTuple):
     loaded: Loaded
     forward: Forward
     options: TrainOptions
+    at_once: float | None = None
     remembered: Remembered | None = None
     group: Group = Group()
 
@@ -53,7 +54,9 @@ class Scorer(NamedTuple):
         self.loaded.model.eval()
         yield Phase(name, 0, len(pairs))
         remembered = self.remembered if as_reference else None
-        for event in scored(self.forward, pairs, self.options.batch_size, loss.sums, remembered, self.group):
+        for event in scored(
+            self.forward, pairs, self.options.batch_size, loss.sums, self.at_once, remembered, self.group
+        ):
             if isinstance(event, Scores):
                 return event
             yield Phase(name, event.done, event.total)

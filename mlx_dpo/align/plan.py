@@ -133,8 +133,7 @@ def refuse_too_large(plan: Plan, options: TrainOptions, config: dict[str, Any], 
     limit = limit_gb(options)
     if plan.memory_gb <= limit:
         return
-    longest = max(train, key=lambda pair: cost(pair, shared=True))
-    length = _fitting_length(longest, options, config, limit * 1e9)
+    length = _fitting_length(train, options, config, limit * 1e9)
     way_out = f"--max-length {length} would fit" if length else "use a smaller model or adapt fewer --layers"
     raise Refusal(
         f"The run would take about {plan.memory_gb:.2g} GB, one example at a time and with --grad-checkpoint, and "
@@ -142,17 +141,30 @@ def refuse_too_large(plan: Plan, options: TrainOptions, config: dict[str, Any], 
     )
 
 
-def _fitting_length(pair: TokenisedPair, options: TrainOptions, config: dict[str, Any], limit: float) -> int | None:
-    """The greatest --max-length with which `pair` would stay within `limit` bytes; None where there is none."""
-    low, high = 8, max(_lengths(pair))
+def _fitting_length(
+    train: Sequence[TokenisedPair], options: TrainOptions, config: dict[str, Any], limit: float
+) -> int | None:
+    """The greatest --max-length with which every pair stays within `limit` bytes; None where there is none."""
+    kinds = {(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in train}
+    largest = [kind for kind in kinds if not any(_is_below(kind, other) for other in kinds)]
+    low, high = 8, max(prompt + max(answers) for prompt, *answers in largest)
     while low < high:
         length = (low + high + 1) // 2
-        prompt = min(len(pair.prompt), max(1, length - max(len(pair.chosen), len(pair.rejected))))
-        chosen, rejected = (answer[: length - prompt] for answer in (pair.chosen, pair.rejected))
-        cut = TokenisedPair(pair.prompt[:prompt], chosen, rejected, pair.source)
-        fits = _peak(options, config, [cut], _FRUGAL, shared=True) <= limit
+        cut = [_cut(kind, length) for kind in largest]
+        fits = all(_peak(options, config, [pair], _FRUGAL, shared=True) <= limit for pair in cut)
         low, high = (length, high) if fits else (low, length - 1)
     return low if low > 8 else None
+
+
+def _is_below(kind: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return kind != other and all(a <= b for a, b in zip(kind, other, strict=True))
+
+
+def _cut(kind: tuple[int, ...], length: int) -> TokenisedPair:
+    """Tokens without meaning, as many as are left of a pair of these lengths under --max-length."""
+    prompt = min(kind[0], max(1, length - max(kind[1:])))
+    chosen, rejected = (min(answer, length - prompt) for answer in kind[1:])
+    return TokenisedPair([0] * prompt, [0] * chosen, [0] * rejected, "")
 
 
 def cost(pair: TokenisedPair, *, shared: bool) -> float:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,21 @@ import numpy as np
 
 from mlx_dpo.models.rows import Said
 
-_FORMAT = 1  # raised when the same model and tokens come to give other numbers
+_FORMAT = 2  # raised when the same model and tokens come to give other numbers
+_CHECK = 8  # bytes of a checksum behind the values
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FULL = 2**29  # bytes; then the oldest quarter goes
 
 
-def identity(origin: Mapping[str, Any], config: Mapping[str, Any], dtype: str, device: str) -> bytes:
-    """The name of a reference: weights, what config.json makes of them, start adapter, number format, kind of device.
+def identity(
+    origin: Mapping[str, Any], config: Mapping[str, Any], start: Mapping[str, Any] | None, dtype: str, device: str
+) -> bytes:
+    """The name of a reference: weights and config.json, start adapter and its own, number format, kind of device.
 
-    Tokens are named apart.
+    So are the versions of what computes it; tokens are named apart.
     """
-    facts = [_FORMAT, origin["model"], config, origin["adapter"], dtype, device]
+    versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
+    facts = [_FORMAT, versions, origin["model"], config, origin["adapter"], start, dtype, device]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).digest()
 
 
@@ -35,6 +41,7 @@ class Remembered:
         """Open the database in `folder`, or a new one where there is none or a damaged one."""
         self.reference = reference
         self.path = folder / "reference.sqlite"
+        self._is_damaged = False
         self.database = self._opened() or self._anew()
 
     def close(self) -> None:
@@ -44,19 +51,25 @@ class Remembered:
         self.database = None
 
     def _opened(self) -> sqlite3.Connection | None:
-        with contextlib.suppress(sqlite3.Error, OSError):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             database = sqlite3.connect(self.path, timeout=10, isolation_level=None)
             database.execute("CREATE TABLE IF NOT EXISTS logps (text BLOB PRIMARY KEY, tokens BLOB NOT NULL)")
             database.execute("SELECT count(*) FROM logps").fetchone()
-            return database
-        return None
+        except OSError:
+            return None
+        except sqlite3.Error as error:
+            self._is_damaged = (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGED
+            return None
+        return database
 
     def _anew(self) -> sqlite3.Connection | None:
+        """A new database in the place of a damaged one, and of no other: it may only be busy."""
+        if not self._is_damaged:
+            return None
         with contextlib.suppress(OSError):
-            if self.path.is_file():
-                self.path.unlink()
-                return self._opened()
+            self.path.unlink()
+            return self._opened()
         return None
 
     def recalled(self, texts: Iterable[Said]) -> Iterator[np.ndarray | None]:
@@ -67,15 +80,27 @@ class Remembered:
                 with contextlib.suppress(sqlite3.Error):
                     query = "SELECT tokens FROM logps WHERE text = ?"
                     found = self.database.execute(query, (self._name(text),)).fetchone()
-            values = np.frombuffer(found[0], dtype="<f4") if found and len(found[0]) % 4 == 0 else None
-            whole = values is not None and len(values) == text.lead + len(text.answer) and np.isfinite(values).all()
-            yield values if whole else None
+            yield self._believed(text, found[0] if found else None)
+
+    def _believed(self, text: Said, stored: Any) -> np.ndarray | None:
+        """The values that were stored for a text, where they are what was stored."""
+        size = 4 * (text.lead + len(text.answer))
+        if not isinstance(stored, bytes) or len(stored) != size + _CHECK or stored != self._sealed(text, stored[:size]):
+            return None
+        values = np.frombuffer(stored[:size], dtype="<f4")
+        return values if np.isfinite(values).all() else None
+
+    def _sealed(self, text: Said, values: bytes) -> bytes:
+        return values + hashlib.blake2b(self._name(text) + values, digest_size=_CHECK).digest()
 
     def remember(self, texts: Iterable[Said], values: Iterable[np.ndarray]) -> None:
         """Keep the log-probabilities of each text's scored tokens, all or none of them."""
-        rows = [(self._name(text), value.astype("<f4").tobytes()) for text, value in zip(texts, values, strict=True)]
         if self.database is None:
             return
+        rows = [
+            (self._name(text), self._sealed(text, value.astype("<f4").tobytes()))
+            for text, value in zip(texts, values, strict=True)
+        ]
         with contextlib.suppress(sqlite3.Error):
             self.database.execute("BEGIN IMMEDIATE")
             try:

@@ -100,18 +100,19 @@ class Run:
         ranks.refuse_other_files(self.origin, self.group)
         found = self._found() if options.resume else None
         forward = yield from computing.forward_of(self.loaded, train, options)
+        batching = self.plan.batching
+        if not forward.shares:  # which could not be known before the model was there
+            batching, _, _ = batched(options, self.loaded.config, train, self.order, limit_gb(options), shared=False)
         remembered = computing.remembered(self.loaded, self.origin, options)
         for kept in (forward.kept, remembered):
             if kept is not None:
                 stack.callback(kept.close)
-        scorer = Scorer(self.loaded, forward, options, remembered, self.group)
+        scorer = Scorer(self.loaded, forward, options, batching.at_once, remembered, self.group)
         self.held_out = HeldOut(scorer, self.prepared, Loss.of(options))
+        yield from computing.fill(forward, [*train, *self.prepared.valid], options.batch_size)
         with self._as_reference():
             loss = yield from scorer.with_reference("Scoring the reference", train, Loss.of(options))
             yield from self.held_out.begin()
-        batching = self.plan.batching
-        if not forward.shares:  # which could not be known before the model was there
-            batching, _, _ = batched(options, self.loaded.config, train, self.order, limit_gb(options), shared=False)
         self.trainer = Trainer(forward, train, self.order, loss, options, self.steps, batching, self.group)
         self.trainer.check_start()
         self.rescues = rescue.from_numbers(found.state.numbers["rescues"]) if found else []

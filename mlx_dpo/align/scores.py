@@ -173,6 +173,7 @@ def scored(
     pairs: Sequence[TokenisedPair],
     batch_size: int,
     sums: Sums,
+    at_once: float | None = None,
     remembered: Remembered | None = None,
     group: Group = _ALONE,
 ) -> Iterator[Progress | Scores]:
@@ -184,7 +185,7 @@ def scored(
     found = empty_scores(len(pairs))
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
     done = 0
-    batches = by_length(lengths, batch_size)
+    batches = by_length(lengths, batch_size, at_once)
     for batch in group.share(batches, [float(sum(lengths[i] for i in some)) for some in batches]):
         some = [pairs[i] for i in batch]
         if remembered is None:

@@ -31,7 +31,7 @@ from mlx_dpo.align.scores import (
     put,
     together,
 )
-from mlx_dpo.data.batches import Order, by_cost
+from mlx_dpo.data.batches import Order, by_cost, by_length
 from mlx_dpo.data.tokenised import TokenisedPair
 from mlx_dpo.models.adapters import adapter_weights
 from mlx_dpo.models.arrays import named_arrays
@@ -200,8 +200,9 @@ class Trainer:
         found = empty_scores(len(strangers))
         costs = [float(len(strangers[i].prompt) + len(strangers[i].chosen)) for i in window.indices]
         mine = self.group.share(window.indices, costs)
-        for start in range(0, len(mine), self.options.batch_size):
-            some = mine[start : start + self.options.batch_size]
+        lengths = [len(strangers[i].prompt) + len(strangers[i].chosen) for i in mine]
+        for batch in by_length(lengths, self.options.batch_size, self.batching.at_once):
+            some = [mine[place] for place in batch]
             scores = computed_scores(self.forward, [strangers[i] for i in some], self.loss.sums)
             put(found, scores, strangers, some)
         _, _, found = together(self.group, {}, 0.0, found)
@@ -212,7 +213,7 @@ class Trainer:
 
         Raises Refusal where they differ by more than the rounding of the model's number format.
         """
-        batch = self.order.window(0)[: self.options.batch_size]
+        batch = self._batches(self.order.window(0))[0] if self.group.size == 1 else self.order.window(0)[:1]
         self.model.eval()
         scores = self._computed(batch)
         for side in Scores._fields:

@@ -57,7 +57,17 @@ def by_cost(items: Sequence[int], costs: Sequence[float], most: int, budget: flo
         count += 1
 
 
-def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Example numbers in batches of like length, longest first, for passes whose order does not matter."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def by_length(lengths: list[int], batch_size: int, at_once: float | None = None) -> list[list[int]]:
+    """Example numbers in batches of like length, longest first, for passes whose order does not matter.
+
+    A batch of more than one example has at most `at_once` tokens, where that is given.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        last = batches[-1] if batches else []
+        fits = at_once is None or sum(lengths[j] for j in last) + lengths[i] <= at_once
+        if last and len(last) < batch_size and fits:
+            last.append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -80,8 +80,10 @@ class Kept:
         if key in self.places or self.end + states.nbytes > self.limit:
             return
         try:
-            os.pwrite(self.file.fileno(), np.array(mx.contiguous(states).view(mx.uint8)).data, self.end)
-        except OSError:  # the disk is full: what is there still serves
+            written = os.pwrite(self.file.fileno(), np.array(mx.contiguous(states).view(mx.uint8)).data, self.end)
+        except OSError:
+            written = -1
+        if written < states.nbytes:  # the disk is full: what is there still serves
             self.limit = 0
             return
         self.places[key] = (self.end, states.shape, states.dtype)
@@ -93,8 +95,11 @@ class Kept:
             return None
         start, shape, dtype = self.places[key]
         size = shape[0] * shape[1] * dtype.size
-        raw = np.frombuffer(os.pread(self.file.fileno(), size, start), dtype=np.uint8)
-        return mx.array(raw.reshape(shape[0], -1)).view(dtype)
+        try:
+            raw = np.frombuffer(os.pread(self.file.fileno(), size, start), dtype=np.uint8)
+        except OSError:
+            return None
+        return mx.array(raw.reshape(shape[0], shape[1] * dtype.size)).view(dtype) if len(raw) == size else None
 
 
 def keys_of(text: Said) -> tuple[bytes, bytes]:

@@ -133,7 +133,8 @@ def plan_in_words(plan: Plan) -> str:
     held_out = f", {plan.held_out} held out" if plan.held_out else ", none held out"
     return (
         f"{_counted(plan.pairs, 'pair')}{held_out}; {plan.tokens:,} tokens an epoch, the longest text {plan.longest}\n"
-        f"{_counted(plan.steps, 'step')} ({plan.steps_an_epoch} an epoch), about {plan.memory_gb:.1f} GB at the peak"
+        f"{_counted(plan.steps, 'step')} ({plan.steps_an_epoch} an epoch), about {plan.memory_gb:.1f} GB at the peak, "
+        f"{plan.at_once} at once{', each block computed again for its gradient' if plan.batching.recompute else ''}"
     )
 
 

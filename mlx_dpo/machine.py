@@ -46,9 +46,9 @@ def order_work_by_breadth() -> None:
 
 
 def cache_folder() -> Path:
-    """Where numbers are kept that save work and can be had again: the system's place for it, or MLX_DPO_CACHE."""
-    if "MLX_DPO_CACHE" in os.environ:
-        return Path(os.environ["MLX_DPO_CACHE"])
+    """Where fetched weights and numbers that save work are kept: the system's place for it, or MLX_DPO_CACHE."""
+    if own := os.environ.get("MLX_DPO_CACHE"):
+        return Path(own).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx_dpo"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_dpo"

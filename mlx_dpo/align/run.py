@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,11 +73,21 @@ class Run:
                     found = yield from self._evaluation()
                 else:
                     found = yield from self._advanced()
-                    if self.group.any_of(stop()) and not found and not self._is_over():
+                    if self._any_stops(stop()) and not found and not self._is_over():
                         self._save()
                         yield Interrupted(self.trainer.steps_done, self.resume_command)
                         return
             yield from self._finish()
+
+    def _any_stops(self, stops: bool) -> bool:
+        try:
+            return self.group.any_of(stops)
+        except Gone as fault:
+            self._save()
+            raise self._gone(fault) from fault
+
+    def _gone(self, fault: Gone) -> Refusal:
+        return Refusal(f"{fault} What was learnt until step {self.trainer.steps_done} is saved.")
 
     def _is_over(self) -> bool:
         return self.trainer.steps_done >= self.steps or self.best.is_over(self.metrics.rows)
@@ -100,6 +110,7 @@ class Run:
         ranks.refuse_other_files(self.origin, self.group)
         found = self._found() if options.resume else None
         forward = yield from computing.forward_of(self.loaded, train, options)
+        self.group.agree("way of sharing prompts", str(forward.shares))
         batching = self.plan.batching
         if not forward.shares:  # which could not be known before the model was there
             batching, _, _ = batched(options, self.loaded.config, train, self.order, limit_gb(options), shared=False)
@@ -187,10 +198,13 @@ class Run:
     def _stepped(self) -> Iterator[Any]:
         """Take a step; returns what has to be acted on."""
         try:
-            numbers = self.group.from_first(self.trainer.step())
+            numbers = self.trainer.step()
+            # A step that was taken has its row, whoever has gone since; the next exchange says so again.
+            with suppress(Gone):
+                numbers = self.group.from_first(numbers)
         except Gone as fault:
             self._save()
-            raise Refusal(f"{fault} What was learnt until step {self.trainer.steps_done} is saved.") from fault
+            raise self._gone(fault) from fault
         except NotFinite as fault:
             if self.options.on_displacement == "rescue":
                 found = [Finding("not_finite", str(fault))]

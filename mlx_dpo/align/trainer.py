@@ -134,7 +134,7 @@ class Trainer:
         window = self.loss.window(self.pairs, indices)
         batches = self._batches(indices)
         kl = self._divergence(window)
-        apart = len(indices) > max(map(len, batches), default=0)
+        apart = self.group.size > 1 or len(indices) > max(map(len, batches), default=0)  # the same on every rank
         slopes = self._slopes(batches, window) if self.loss.terms.is_coupled and apart else None
         total, found = 0.0, empty_scores(len(self.pairs))
         gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())

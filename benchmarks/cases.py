@@ -11,7 +11,7 @@ from benchmarks.peers.job import BATCH, Job, Result
 
 OURS, LORA, TRL, TRL_LIVE = "mlx_dpo", "mlx-lm-lora", "TRL", "TRL, reference in each step"
 PEERS = (LORA, TRL)
-PROGRAMS = {OURS: "ours", LORA: "mlx_lm_lora", TRL: "trl", TRL_LIVE: "trl"}
+PROGRAMS = {OURS: "ours", LORA: "mlx_lm_lora", TRL: "pytorch", TRL_LIVE: "pytorch"}
 ANSWERS = "answers"
 
 

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on a job: `python -m benchmarks.peers.trl JOB`."""
+"""TRL's DPOTrainer on a job: `python -m benchmarks.peers.pytorch JOB`."""
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
 from importlib.metadata import version

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,8 +66,8 @@ class Bench(NamedTuple):
         return Result(**self.call(PROGRAMS[contestant], str(job), contestant=contestant))
 
 
-def measured(bench: Bench, options: argparse.Namespace) -> results.Measured:
-    """Go through the rounds and gather everything that is measured."""
+def measured(bench: Bench, options: argparse.Namespace) -> Iterator[results.Measured]:
+    """Go through the rounds and give all that is measured so far after each case, and after the answers."""
     device = "gpu" if bench.setting.on_gpu else "cpu"
     found = results.Measured([], {case.name: [] for case in CASES}, {}, None)
     begun, took = time.monotonic(), dict[str, float]()
@@ -80,11 +81,11 @@ def measured(bench: Bench, options: argparse.Namespace) -> results.Measured:
             started = time.monotonic()
             found.rounds[case.name].append(_round(bench, case, options.peers, found.failures))
             took[case.name] = time.monotonic() - started
+            yield found
     if ANSWERS in options.cases:
         _say("answers in a chat")
         answers = bench.call("answers", str(bench.setting.model), device, str(max(3, options.rounds)))
-        return found._replace(answers=answers)
-    return found
+        yield found._replace(answers=answers)
 
 
 def _fits(case: Case, took: dict[str, float], begun: float, options: argparse.Namespace) -> bool:
@@ -151,7 +152,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prepare the model, the pairs and the peers, measure, and write this machine's section."""
+    """Prepare the model, the pairs and the peers, measure, and write this machine's section after every case."""
     options = _options()
     model = options.model or HOME / "model"
     if not model.exists():
@@ -170,11 +171,14 @@ def main() -> None:
         kind = "bfloat16" if on_gpu else "float32"
         weights = same_weights(model, kind, bench, with_torch=TRL in options.peers)
         bench = bench._replace(setting=setting._replace(model=weights))
-        found = measured(bench, options)
         name = options.model.name if options.model else "SmolLM2-135M-Instruct"
         config = json.loads((weights / "config.json").read_text())
         about = results.About(setting, name, config, tokenizer, file.name, kind)
-        results.write(found, about, with_lora=LORA in options.peers)
+        section = ""
+        # A comparison that is ended early has written what it knows.
+        for found in measured(bench, options):
+            section = results.write(found, about, with_lora=LORA in options.peers)
+        print(section)
 
 
 if __name__ == "__main__":

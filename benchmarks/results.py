@@ -50,14 +50,14 @@ class About(NamedTuple):
     kind: str
 
 
-def write(found: Measured, about: About, *, with_lora: bool) -> None:
-    """Put this machine's section into RESULTS.md in the place of its former one, and print it."""
+def write(found: Measured, about: About, *, with_lora: bool) -> str:
+    """Put this machine's section into RESULTS.md in the place of its former one, and return it."""
     section = _section(found, about, with_lora)
     heading = section.splitlines()[0]
     before = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:] if RESULTS.exists() else []
     kept = [f"## {part.rstrip()}\n" for part in before if f"## {part}".splitlines()[0] != heading]
     RESULTS.write_text("\n".join([_HEAD, *kept, section]), encoding="utf-8")
-    print(section)
+    return section
 
 
 def _section(found: Measured, about: About, with_lora: bool) -> str:

@@ -133,4 +133,8 @@ def _blas_in_words(device: str) -> str:
         return "not used (GPU)"
     if sys.platform == "darwin":
         return "Accelerate"
-    return _loaded_blas or "reference BLAS (slow; install libopenblas0-pthread for about 30 times the speed)"
+    if _loaded_blas is None:
+        return "reference BLAS (slow; install libopenblas0-pthread for about 30 times the speed)"
+    kernels = ctypes.CDLL(_loaded_blas).openblas_get_corename
+    kernels.restype = ctypes.c_char_p
+    return f"{_loaded_blas}, {kernels().decode()} kernels"

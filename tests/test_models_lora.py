@@ -9,11 +9,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import quantize_model
 
 from mlx_dpo.models import adapters
 from mlx_dpo.models.load import Loaded, compute_dtype, load
-from mlx_dpo.models.lora import adapted_layers, base_of
+from mlx_dpo.models.lora import adapted_layers, base_of, scaled_while_small
 from mlx_dpo.refusal import Refusal
 
 Folder = Callable[[str], Path]
@@ -173,3 +174,32 @@ def test_dora_is_peft_s_dora_in_value_and_gradient():
     assert np.array(ours(x)) == pytest.approx(expected.detach().numpy(), rel=1e-5, abs=1e-5)
     for name, key in (("a", "lora_a"), ("b", "lora_b"), ("m", "m")):
         assert np.array(gradient[key]) == pytest.approx(learnt[name].grad.numpy().T, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_scaling_while_small_is_the_same_layer(bits: int | None, dtype: mx.Dtype):
+    mx.random.seed(4)
+    base = nn.Linear(64, 96)
+    base.set_dtype(dtype)
+    layer = LoRALinear.from_base(nn.QuantizedLinear.from_linear(base, 32, bits) if bits else base, r=4, scale=7.0)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    layer.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+    x, cotangent = mx.random.normal((2, 5, 64)).astype(dtype), mx.random.normal((2, 5, 96))
+
+    def found() -> list[mx.array]:
+        def loss(x: mx.array) -> mx.array:
+            return (layer(x).astype(mx.float32) * cotangent).sum()
+
+        slopes = nn.value_and_grad(layer, lambda: loss(x))()[1]
+        return [layer(x), mx.grad(loss)(x), slopes["lora_a"], slopes["lora_b"]]
+
+    expected = found()
+    with scaled_while_small(layer):
+        kind, ours = type(layer), found()
+    assert kind is not LoRALinear
+    assert type(layer) is LoRALinear
+    for value, wanted in zip(ours, expected, strict=True):
+        assert value.dtype == wanted.dtype
+        assert mx.abs(value - wanted).max() <= (2e-6 if dtype == mx.float32 else 2e-2) * mx.abs(wanted).max()

@@ -34,7 +34,7 @@ def forward_of(loaded: Loaded, pairs: Sequence[TokenisedPair], options: TrainOpt
     Each is tried on a few tokens and then on the longest of `pairs`, where windows and position scaling would show.
     """
     best = Forward.of(loaded.model)
-    longest = max(pairs, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+    longest = max(pairs, key=lambda pair: pair.longest)
     sharing = bool(longest.chosen and longest.rejected)
     plain = replace(best, shares=False, depth=0)
     said = texts([longest])
@@ -58,7 +58,7 @@ def fill(forward: Forward, pairs: Sequence[TokenisedPair], batch_size: int) -> I
     """Compute what lies below the adapters, always in the same batches, so that a resumed run has the same bits."""
     if forward.kept is None or not pairs:
         return
-    lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    lengths = [pair.longest for pair in pairs]
     done = 0
     for batch in by_length(lengths, batch_size):
         forward.states(forward.rows_of(texts([pairs[i] for i in batch])))

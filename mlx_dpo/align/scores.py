@@ -183,7 +183,7 @@ def scored(
     where the model is the reference; each rank of `group` computes a part, and all have all at the end.
     """
     found = empty_scores(len(pairs))
-    lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+    lengths = [pair.longest for pair in pairs]
     done = 0
     batches = by_length(lengths, batch_size, at_once)
     for batch in group.share(batches, [float(sum(lengths[i] for i in some)) for some in batches]):

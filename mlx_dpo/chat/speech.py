@@ -13,6 +13,7 @@ from mlx_lm.sample_utils import Sampler
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 
 from mlx_dpo.chat.cache import TrackedCache
+from mlx_dpo.models.attention import by_arithmetic
 from mlx_dpo.models.load import one_line
 from mlx_dpo.refusal import Refusal
 
@@ -83,7 +84,7 @@ class Speech:
                     raise _StoppedError
 
         try:
-            with _wired(self._voice.model):
+            with _wired(self._voice.model), by_arithmetic(self._voice.model):
                 steps = generate_step(
                     mx.array(ids[reused:]),
                     self._voice.model,

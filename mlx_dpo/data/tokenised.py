@@ -23,6 +23,11 @@ class TokenisedPair(NamedTuple):
     rejected: list[int]
     source: str
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longer answer."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
 
 class CutCounts(NamedTuple):
     """Examples that were cut, prompts and answers shortened in them, and tokens lost (a prompt's once)."""
@@ -124,8 +129,7 @@ def _closing(tokenizer: Tokenizer) -> list[int]:
 
 
 def _fitting(pair: TokenisedPair, example: Example, tokenizer: Tokenizer, max_length: int | None) -> TokenisedPair:
-    longest = max(len(pair.chosen), len(pair.rejected))
-    if max_length is None or len(pair.prompt) + longest <= max_length:
+    if max_length is None or pair.longest <= max_length:
         return pair
     head, tail = _frame(example.prompt, pair.prompt, tokenizer)
     if head + tail >= max_length:
@@ -133,7 +137,7 @@ def _fitting(pair: TokenisedPair, example: Example, tokenizer: Tokenizer, max_le
             f"--max-length {max_length} leaves no room for an answer: system text and chat template take "
             f"{head + tail} tokens, so raise it"
         )
-    kept = max(max_length - longest, head + tail) - head
+    kept = max(max_length - (pair.longest - len(pair.prompt)), head + tail) - head
     prompt = pair.prompt[:head] + pair.prompt[len(pair.prompt) - kept :]
     room = max_length - len(prompt)
     cut = pair._replace(prompt=prompt, chosen=pair.chosen[:room], rejected=pair.rejected[:room])

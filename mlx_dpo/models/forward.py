@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.models import exponentials, lanes, lower, scoring
+from mlx_dpo.models import attention, lanes, lower, scoring
+from mlx_dpo.models.fused import in_gradients
 from mlx_dpo.models.load import blocks
+from mlx_dpo.models.lora import scaled_while_small
 from mlx_dpo.models.lower import Kept
 from mlx_dpo.models.prompts import Taken, fed
 from mlx_dpo.models.rows import Block, Rows, Text, rows_of
@@ -60,7 +62,12 @@ class Forward:
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Wrap what traces and computes this pass, backward included: so the processor is put to full use."""
-        with exponentials.by_arithmetic(self.model), lanes.open_to_all(), _no_collection():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention.by_arithmetic(self.model))
+            stack.enter_context(scaled_while_small(self.model))
+            stack.enter_context(in_gradients())
+            stack.enter_context(lanes.open_to_all())
+            stack.enter_context(_no_collection())
             yield
 
     def states(self, rows: Rows) -> States:

@@ -1,5 +1,6 @@
 """mlx-lm's adapted layers: put into a model, found in it again, and what they stand on."""
 
+import contextlib
 from typing import Any
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_dpo.models.standing_in import called_as
 from mlx_dpo.refusal import Refusal
 
 _READ_BACK = (LoRALinear, LoRAEmbedding, LoRASwitchLinear)
@@ -22,6 +24,22 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def base_of(layer: nn.Module) -> nn.Module:
     """The layer that an adapted layer stands on: it computes what the model did before the adapter."""
     return layer["linear"] if "linear" in layer else layer["embedding"]
+
+
+def scaled_while_small(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let LoRA layers multiply by their scale at the width of the rank, and add in the product with B, in this block.
+
+    That is x W + (s x A) B; mlx-lm's layers pass over their whole output twice more for x W + s ((x A) B).
+    """
+    return called_as([module for module in model.modules() if type(module) is LoRALinear], _adapted)
+
+
+def _adapted(_: type[nn.Module], layer: Any, x: mx.array) -> mx.array:
+    base = layer.linear(x)
+    small = layer.scale * (layer.dropout(x) @ layer.lora_a)
+    if base.dtype == small.dtype == layer.lora_b.dtype:
+        return mx.addmm(base, small, layer.lora_b)
+    return base + (small @ layer.lora_b).astype(base.dtype)
 
 
 def put_in(model: nn.Module, layers: int, parameters: dict[str, Any], *, dora: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_dpo.models import lanes
+from mlx_dpo.models.attention import scores_of
 from mlx_dpo.models.load import on_cpu
 from mlx_dpo.models.sizes import Sizes, sizes
 
@@ -18,12 +19,12 @@ class _Copies(NamedTuple):
     scores: float
 
 
-# Fitted to the peaks of 60 steps of models of many shapes on the CPU; see tests/test_models_memory.py.
-_KEPT = _Copies(8.2, 3.7, 1.4)  # by each block for its backward pass
-_DROPPED = _Copies(10.9, 1.0, 0.0)  # besides, with dropout, by each block
-_AGAIN = _Copies(1.5, 10.0, 5.1)  # by one block while its forward pass is repeated and taken back
-_PROMPTS = 7.2  # of the keys, and as often of the values, of shared prompts, by each block that is recomputed
-_FIRST_CHUNK, _OTHER_CHUNKS = 11.5, 5.5  # of the head's logits: the first lane's chunk, the other lanes'
+# Fitted to the peaks of 99 steps of models of many shapes on two cores; see tests/test_models_memory.py.
+_KEPT = _Copies(16.9, 1.0, 1.34)  # by each block for its backward pass
+_DROPPED = _Copies(1.5, 3.7, 0.0)  # besides, with dropout, by each block
+_AGAIN = _Copies(19.2, 5.9, 3.0)  # by one block while its forward pass is repeated and taken back
+_PROMPTS = 2.9  # of the keys, and as often of the values, of shared prompts, by each block that is recomputed
+_FIRST_CHUNK, _OTHER_CHUNKS = 7.8, 9.1  # of the head's logits: the first lane's chunk, the other lanes'
 
 
 class Adapting(NamedTuple):
@@ -49,9 +50,9 @@ class Load(NamedTuple):
         for text in texts:
             prompt, answers = len(text.prompt), [len(a) for a in (text.chosen, text.rejected) if a]
             once = shared and len(answers) > 1
-            rows = [a if once else prompt + a for a in answers] + [prompt] * once
-            scores = sum(row * (prompt + row if once else row) for row in rows[:2]) + prompt**2 * once
-            total += (sum(rows), scores, prompt * once, sum(answers))
+            rows = [(a, prompt) for a in answers] + [(prompt, 0)] if once else [(prompt + a, 0) for a in answers]
+            scores = sum(scores_of(length, before) for length, before in rows)
+            total += (sum(length for length, _ in rows), scores, prompt * once, sum(answers))
         return cls(*total.tolist())
 
 

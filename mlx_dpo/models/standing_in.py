@@ -14,8 +14,9 @@ def called_as(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Iterato
     Works on the instances, not on their class, so that another model of the same kind is left alone.
     """
     kinds = [type(module) for module in modules]
+    calling = {kind: _calling(kind, call) for kind in set(kinds)}
     for module, kind in zip(modules, kinds, strict=True):
-        module.__class__ = _calling(kind, call)
+        module.__class__ = calling[kind]
     try:
         yield
     finally:

@@ -182,7 +182,8 @@ def test_scaling_while_small_is_the_same_layer(bits: int | None, dtype: mx.Dtype
     mx.random.seed(4)
     base = nn.Linear(64, 96)
     base.set_dtype(dtype)
-    layer = LoRALinear.from_base(nn.QuantizedLinear.from_linear(base, 32, bits) if bits else base, r=4, scale=7.0)
+    below: Any = nn.QuantizedLinear.from_linear(base, 32, bits) if bits else base
+    layer = LoRALinear.from_base(below, r=4, scale=7.0)
     layer.lora_b = mx.random.normal(layer.lora_b.shape)
     layer.freeze()
     layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)

@@ -1,5 +1,6 @@
 """What a run is going to take, and gradient checkpointing, which takes less."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def learner(case: Case, batching: Batching, dropout: float = 0.0, layers: int | 
 
 def measured(case: Case, recompute: bool, dropout: float, layers: int | None = None) -> float:
     """The peak of a real step, in bytes."""
+    gc.collect()  # or what other tests have left goes meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
     trainer = learner(case, Batching(recompute=recompute), dropout, layers)

@@ -246,7 +246,7 @@ def assert_close(out: Path, whole: Path) -> None:
         for key in ("step", "answers"):
             assert [row.pop(key, None) for row in found] == [row.pop(key, None) for row in expected]
         for row, wanted in zip(found, expected, strict=True):
-            assert row == pytest.approx(wanted, rel=1e-5, abs=1e-4)  # nats, of sums of hundreds
+            assert row == pytest.approx(wanted, rel=1e-5, abs=5e-4)  # nats, of sums of hundreds
             losses = [{key: value for key, value in numbers.items() if "loss" in key} for numbers in (row, wanted)]
             assert losses[0] == pytest.approx(losses[1], rel=5e-5, abs=1e-5)  # of the same nats, beta times
     weights, wanted = (safetensors.numpy.load_file(folder / "adapters.safetensors") for folder in (out, whole))

@@ -63,6 +63,19 @@ def set_rate(optimizer: Optimizer, rate: float, lora_plus: float) -> None:
         optimizer.optimizers[0].learning_rate = mx.array(rate * lora_plus)
 
 
+def compiled(optimizer: Optimizer) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """An update as MLX compiles it, once, as no shape in it changes: (gradients, parameters, state of the optimiser).
+
+    Returns the new parameters and the new state, which has to be given back to the optimiser.
+    """
+
+    def updated(gradients: Any, parameters: Any, state: Any) -> tuple[Any, Any]:
+        optimizer.state = state
+        return optimizer.apply_gradients(gradients, parameters), optimizer.state
+
+    return mx.compile(updated)
+
+
 def _is_b(name: str, value: mx.array) -> bool:
     return name.rsplit(".", 1)[-1] == "lora_b"
 

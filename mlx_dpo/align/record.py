@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from mlx_dpo.align.options import defaults, flag
+from mlx_dpo.align.options import TrainOptions, as_toml, defaults, flag
 from mlx_dpo.models.adapters import WEIGHTS
 from mlx_dpo.models.weights import read_json, weight_files
 from mlx_dpo.refusal import Refusal
@@ -198,6 +198,23 @@ def base_facts(model: Path) -> dict[str, Any]:
         "sha256": base_hashes(model),
         "source": converted.get("source"),
         "licence": converted.get("licence"),
+    }
+
+
+def facts(options: TrainOptions, data: str, rows: list[dict[str, Any]], kept: int) -> dict[str, Any]:
+    """What a manifest says of an adapter: what it was made of and how, and the evaluation of the step that was kept.
+
+    `data` is the data's hash, `rows` are the run's metrics.
+    """
+    evaluation = next((row for row in rows if row["step"] == kept and "eval_loss" in row), {})
+    return {
+        "kind": "adapter",
+        "base": base_facts(options.model),
+        "start": start_facts(options.adapter),
+        "data": {"path": str(options.data), "sha256": data},
+        "options": as_toml(options),
+        "step": kept,
+        "scores": {n: v for n, v in evaluation.items() if n.startswith("eval_") and isinstance(v, int | float)},
     }
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_dpo.align import charts, curves, history, outcome
+from mlx_dpo.align.examples import Prepared
 from mlx_dpo.align.history import Row
 from mlx_dpo.align.options import TrainOptions, as_toml
 from mlx_dpo.align.rescue import Rescue
 from mlx_dpo.storage import write_whole
 
 REPORT = "report.html"
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark}
 :root{--ink:#22303a;--soft:#5d6b75;--paper:#fbfaf7;--card:#fff;--line:#dcd8cf;--warn:#c07a14;--mend:#3d7f5f}
 @media(prefers-color-scheme:dark){:root{--ink:#e7e3da;--soft:#a9b2b8;--paper:#1b1f22;--card:#24292d;--line:#3a4146;--warn:#e0a040;--mend:#74c09b}}
@@ -54,6 +55,17 @@ class Sample(NamedTuple):
     unseen: bool
 
 
+def samples(rows: Sequence[Row], step: int, prepared: Prepared) -> list[Sample]:
+    """What was answered before the first step and at `step`, from the rows of samples.jsonl."""
+    answers = [row["answers"] for row in rows if row["step"] in (0, step)]
+    if not answers:
+        return []
+    return [
+        Sample(question[-1]["content"], before, after, prepared.unseen)
+        for question, before, after in zip(prepared.questions, answers[0], answers[-1], strict=True)
+    ]
+
+
 def write(out: Path, page: str) -> Path:
     """Write the page into the run's folder."""
     write_whole(out / REPORT, page.encode())
@@ -93,7 +105,7 @@ def page(
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{name}: training report</title><style>{_STYLE}{charts.STYLE}{outcome.STYLE}</style></head>"
+        f"<title>{name}: training report</title><style>{STYLE}{charts.STYLE}{outcome.STYLE}</style></head>"
         f"<body>{''.join(body)}</body></html>\n"
     )
 

@@ -1,5 +1,6 @@
 """Going back to the last healthy checkpoint with a gentler loss or rate, and remembering that it was done."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from mlx_dpo.align.mixture import Mixture
@@ -33,6 +34,18 @@ def next_rescue(called_at: int, back_to: int, terms: Mixture, rescues: list[Resc
     if not weight and found.kind == "displacement":
         return Rescue(called_at, back_to, _SFT_WEIGHT, before, found.text)
     return Rescue(called_at, back_to, weight, before * _RATE, found.text)
+
+
+def refuges(steps: Iterable[int], every: int, healthy: int) -> list[int]:
+    """Of the steps with a checkpoint those that a rescue may go back to, the best first.
+
+    Those that --save-every asks for come before others, so that it does not matter whether a run was interrupted.
+    """
+
+    def is_regular(step: int) -> bool:
+        return step == 0 or (every > 0 and step % every == 0)
+
+    return sorted((step for step in steps if step <= healthy), key=lambda step: (is_regular(step), step), reverse=True)
 
 
 def apply(trainer: Trainer, rescues: list[Rescue]) -> None:

@@ -181,14 +181,7 @@ class Run:
         self.monitor.replay(self.metrics.rows, self.samples.rows)
 
     def _refuges(self) -> list[int]:
-        """The steps with a checkpoint that a rescue may go back to, the best first.
-
-        Those that --save-every asks for come before others, so that it does not matter whether a run was interrupted.
-        """
-        every = self.options.save_every
-        regular = {step for step in checkpoint.steps(self.checkpoints) if step == 0 or (every and step % every == 0)}
-        healthy = [step for step in checkpoint.steps(self.checkpoints) if step <= self.monitor.healthy]
-        return sorted(healthy, key=lambda step: (step in regular, step), reverse=True)
+        return rescue.refuges(checkpoint.steps(self.checkpoints), self.options.save_every, self.monitor.healthy)
 
     def _acted_on(self, found: Finding | None) -> Finding | None:
         """What --on-displacement asks to act on, None where it is only to be said."""
@@ -297,19 +290,11 @@ class Run:
         kept = yield from self._kept()
         yield Phase("Writing the report", 0, 1)
         out, rows = self.options.out, self.metrics.rows
-        evaluation = next((row for row in rows if row["step"] == kept and "eval_loss" in row), {})
-        facts = {
-            "kind": "adapter",
-            "base": record.base_facts(self.options.model),
-            "start": record.start_facts(self.options.adapter),
-            "data": {"path": str(self.options.data), "sha256": self.prepared.fingerprint},
-            "options": as_toml(self.options),
-            "step": kept,
+        facts = record.facts(self.options, self.prepared.fingerprint, rows, kept) | {
             "steps_taken": self.trainer.steps_done,
             "rescues": rescue.as_numbers(self.rescues),
-            "scores": {n: v for n, v in evaluation.items() if n.startswith("eval_") and isinstance(v, int | float)},
         }
-        samples = self._samples(kept)
+        samples = report.samples(self.samples.rows, kept, self.prepared)
         report.write(out, report.page(self.options, rows, samples, facts, self.samples.rows, self.steps))
         weights = adapters.adapter_weights(self.loaded.model)
         adapters.save_adapter(out, weights, self.shape, str(self.options.model))
@@ -335,15 +320,3 @@ class Run:
         evaluated = any(row["step"] == at and "eval_loss" in row for row in self.metrics.rows)
         answered = any(row["step"] == at for row in self.samples.rows)
         return (evaluated or not self.held_out.pairs) and (answered or not self.held_out.asked)
-
-    def _samples(self, step: int) -> list[report.Sample]:
-        """What was answered before the first step and at `step`."""
-        answers = [row["answers"] for row in self.samples.rows if row["step"] in (0, step)]
-        return (
-            [
-                report.Sample(question[-1]["content"], before, after, self.prepared.unseen)
-                for question, before, after in zip(self.prepared.questions, answers[0], answers[-1], strict=True)
-            ]
-            if answers
-            else []
-        )

@@ -15,7 +15,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_dpo.align.checkpoint import Checkpoint
 from mlx_dpo.align.loss import Loss, Window
-from mlx_dpo.align.optimizers import optimizer, set_rate
+from mlx_dpo.align.optimizers import compiled, optimizer, set_rate
 from mlx_dpo.align.options import TrainOptions
 from mlx_dpo.align.plan import Batching, cost
 from mlx_dpo.align.rewards import rewards
@@ -83,6 +83,7 @@ class Trainer:
         self.tokens_done = 0
         self.rate_factor = 1.0
         self.optimizer = optimizer(options, self.model.trainable_parameters())
+        self._updated = compiled(self.optimizer)
 
     def step(self) -> dict[str, float]:
         """Take one step and return its numbers, under TRL's names.
@@ -101,8 +102,11 @@ class Trainer:
                 "adapter was left as it was before; lower --learning-rate, or look for broken rows."
             )
         set_rate(self.optimizer, rate, self.options.lora_plus)
-        self.optimizer.update(self.model, gradients)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        parameters, self.optimizer.state = self._updated(
+            gradients, self.model.trainable_parameters(), self.optimizer.state
+        )
+        self.model.update(parameters)
+        mx.eval(parameters, self.optimizer.state)
         tokens = sum(_tokens(self.pairs[i]) for i in indices)
         self.steps_done += 1
         self.tokens_done += tokens

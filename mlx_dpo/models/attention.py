@@ -19,9 +19,10 @@ def attention(
 ) -> mx.array:
     """Scaled dot-product attention, as mlx-lm's function of the name.
 
-    Where no query looks ahead, no scores are computed for what comes after the last of a few queries.
+    Where no query looks ahead, no scores are computed for what comes after the last of a few queries. One query alone,
+    as each token of an answer has, is MLX's, which is quicker there.
     """
-    if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32:
+    if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32 or queries.shape[2] == 1:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     rows, heads, length, width = queries.shape
     groups, places = keys.shape[1], keys.shape[2]

@@ -1,7 +1,7 @@
 """Parts of a training step that MLX compiles into few passes over their numbers, whatever the step's shape.
 
 `mx.compile` passes over a function that is called while a gradient is being traced, and compiling whole steps costs
-more than it saves where nearly every batch has a shape of its own (benchmarks/RESULTS.md). What MLX traces belongs to
+more than it saves where nearly every batch has a shape of its own (benchmarks/PROFILE.md). What MLX traces belongs to
 a thread: called from another one, the same function is compiled.
 """
 

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+from cyclopts import App
 from rich.console import Console
 
 from mlx_dpo.cli import app
@@ -26,9 +27,21 @@ understood, and 130 when it was interrupted.
 
 def reference() -> str:
     """The whole page."""
-    commands = sorted(name for name in app if not name.startswith("-"))
-    sections = [_section("mlx_dpo", ["--help"]), *(_section(f"mlx_dpo {name}", [name, "--help"]) for name in commands)]
+    sections = [_section("mlx_dpo", ["--help"])]
+    for name in _names(app):
+        sections += [
+            _section(" ".join(["mlx_dpo", name, *more]), [name, *more, "--help"]) for more in _parts(app[name])
+        ]
     return "\n".join([HEAD, *sections])
+
+
+def _names(commands: App) -> list[str]:
+    return sorted(name for name in commands if not name.startswith("-"))
+
+
+def _parts(command: App) -> list[list[str]]:
+    """A command itself, and each of those below it."""
+    return [[], *([name] for name in _names(command))]
 
 
 def _section(title: str, arguments: list[str]) -> str:

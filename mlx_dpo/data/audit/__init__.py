@@ -1,0 +1,1 @@
+"""What is wrong with preference pairs, found before a model learns it."""

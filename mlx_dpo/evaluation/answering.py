@@ -1,0 +1,164 @@
+"""Answers to all questions, system by system, kept on disk as they come."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_dpo.align.events import Note, Phase
+from mlx_dpo.align.record import base_hashes
+from mlx_dpo.data.asked import Asked, read_asked
+from mlx_dpo.data.audit.copies import same
+from mlx_dpo.data.templates import Message, prompt_ids
+from mlx_dpo.evaluation.options import BASE, PROMPTED, EvaluateOptions, named
+from mlx_dpo.models.adapters import WEIGHTS, load_adapter, switched_off
+from mlx_dpo.models.answers import greedy_answers
+from mlx_dpo.models.load import Loaded, load_to_compute
+from mlx_dpo.refusal import Refusal
+from mlx_dpo.storage import sha256_of
+
+_SUPPORTIVE = Path(__file__).with_name("supportive.txt")
+
+
+class System(NamedTuple):
+    """Who answers: a model, with an adapter or a system prompt; or a file of answers."""
+
+    name: str
+    model: Path | None = None
+    adapter: Path | None = None
+    prompt: str | None = None
+    file: Path | None = None
+
+
+def systems(options: EvaluateOptions) -> list[System]:
+    """All systems of an evaluation: the base, the prompted base, adapters, other models, files of answers."""
+    file = options.system_prompt or _SUPPORTIVE
+    try:
+        prompt = " ".join(file.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError):
+        raise Refusal(f"--system-prompt {file} cannot be read as UTF-8 text: give a text file.") from None
+    found = [System(BASE, options.model), System(PROMPTED, options.model, prompt=prompt)]
+    found += [System(name, options.model, adapter=path) for name, path in named("adapter", options.adapter)]
+    found += [System(name, path) for name, path in named("also", options.also)]
+    return found + [System(name, file=path) for name, path in named("answers", options.answers)]
+
+
+def answered(asked: Sequence[Asked], options: EvaluateOptions) -> Iterator[Any]:
+    """Return every system's answers by its name, answers that are on disk already and the others made now.
+
+    Yields Phases. Raises Refusal for answers on disk to other questions or of another system of the same name.
+    """
+    found: dict[str, list[str]] = {}
+    loaded: dict[Path, Loaded] = {}
+    for system in systems(options):
+        if system.file is not None:
+            found[system.name] = _from_file(system.file, asked)
+            continue
+        kept = Kept(options.out / "answers" / f"{system.name}.jsonl", _identity(system, asked, options))
+        if len(kept.answers) < len(asked):
+            if system.model is not None and system.model not in loaded:
+                yield Note(f"Loading {system.model}")
+                loaded.clear()  # one model at a time in memory
+                loaded[system.model] = load_to_compute(system.model)
+            yield from _made(system, loaded[system.model or Path()], asked, kept, options)
+        found[system.name] = kept.answers
+    return found
+
+
+def _made(
+    system: System, loaded: Loaded, asked: Sequence[Asked], kept: "Kept", options: EvaluateOptions
+) -> Iterator[Phase]:
+    """Answer what has no answer yet, in batches that are the same however often this was stopped."""
+    if system.adapter is not None:
+        load_adapter(loaded.model, system.adapter)
+    size, name = options.batch_size, f"Answering: {system.name}"
+    prompts = [prompt_ids(loaded.tokenizer, _messages(question, system.prompt)) for question in asked]
+    yield Phase(name, len(kept.answers), len(asked))
+    for first in range(len(kept.answers) // size * size, len(asked), size):
+        made = greedy_answers(loaded, prompts[first : first + size], options.max_tokens)
+        kept.add(first, [answer.text.removesuffix(" …") for answer in made])
+        yield Phase(name, len(kept.answers), len(asked))
+    if system.adapter is not None:
+        _without_adapter(loaded)
+
+
+def _without_adapter(loaded: Loaded) -> None:
+    with switched_off(loaded.model):
+        base = loaded.model.leaf_modules()
+    loaded.model.update_modules(base)
+    mx.clear_cache()
+
+
+def _messages(question: Asked, prompt: str | None) -> list[Message]:
+    if prompt is None:
+        return list(question.prompt)
+    turns = list(question.prompt)
+    if turns and turns[0]["role"] == "system":
+        prompt = f"{prompt} {turns.pop(0)['content']}"
+    return [Message(role="system", content=prompt), *turns]
+
+
+class Kept:
+    """A file of answers to all questions in order; what was half written is left out."""
+
+    def __init__(self, file: Path, identity: dict[str, Any]):
+        """Take up a file, or begin one; Refusal where it was made otherwise."""
+        self.file = file
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        rows = [json.loads(line) for line in lines]
+        if rows and rows[0] != identity:
+            changed = next(name for name in identity if rows[0].get(name) != identity[name])
+            raise Refusal(
+                f"{file} holds answers made with another {changed}: choose another --out, or remove the file."
+            )
+        self.answers: list[str] = [row["answer"] for row in rows[1:]]
+        if not rows:
+            self._write([identity], "wb")
+
+    def add(self, first: int, answers: list[str]) -> None:
+        """Keep the answers from number `first` on, in the place of any that are there."""
+        fresh = answers[len(self.answers) - first :]
+        start = len(self.answers)
+        self._write([{"number": start + i, "answer": text} for i, text in enumerate(fresh)], "ab")
+        self.answers += fresh
+
+    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.file.read_bytes().rpartition(b"\n") if mode == "ab" else None
+        with self.file.open(mode) as file:
+            if whole is not None and whole[2]:  # a line that a kill cut off
+                file.truncate(len(whole[0]) + 1)
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _identity(system: System, asked: Sequence[Asked], options: EvaluateOptions) -> dict[str, Any]:
+    questions = hashlib.sha256(json.dumps([question.prompt for question in asked]).encode()).hexdigest()
+    return {
+        "system": system.name,
+        "model": sorted(base_hashes(system.model).values()) if system.model else None,
+        "adapter": sha256_of(system.adapter / WEIGHTS)
+        if system.adapter and (system.adapter / WEIGHTS).exists()
+        else None,
+        "system prompt": system.prompt,
+        "questions": questions,
+        "--max-tokens": options.max_tokens,
+        "--batch-size": options.batch_size,
+    }
+
+
+def _from_file(file: Path, asked: Sequence[Asked]) -> list[str]:
+    """The answers of a file to the questions, found by their words."""
+    given = {same(row.question): row.reference for row in read_asked(file)}
+    found = []
+    for question in asked:
+        answer = given.get(same(question.question))
+        if answer is None:
+            raise Refusal(f"{file} has no answer to the question of {question.source}: add it, or use --limit.")
+        found.append(answer)
+    return found

@@ -89,7 +89,7 @@ def _differences(name: str, against: str, values: Values, rows: np.ndarray, seed
             "better": _better(found.low, found.high, measure),
         }
         if measure.margin is not None:
-            no_worse = is_no_worse(found, measure.margin, higher_is_better=measure.higher_is_better)
+            no_worse = is_no_worse(found, measure.margin, higher_is_better=bool(measure.higher_is_better))
             entry |= {"margin": measure.margin, "no_worse": no_worse}
         entries.append(entry)
     primary = {m.name for m in MEASURES if m.primary}
@@ -99,6 +99,6 @@ def _differences(name: str, against: str, values: Values, rows: np.ndarray, seed
 
 def _better(low: float, high: float, measure: Measure) -> str:
     """yes, no or unclear: whether the interval lies on the better side of zero."""
-    if low <= 0 <= high:
+    if measure.higher_is_better is None or low <= 0 <= high:
         return "unclear"
     return "yes" if (low > 0) == measure.higher_is_better else "no"

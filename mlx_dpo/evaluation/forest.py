@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WIDTH, _ROW, _LEFT, _RIGHT = 920, 24, 330, 150
+WIDTH, _ROW, _LEFT, _RIGHT = 920, 24, 310, 210
 STYLE = """
 .forest{background:var(--card);border:1px solid var(--line);border-radius:8px;width:100%;height:auto;margin:6px 0}
 .forest text{fill:var(--ink);font-size:13px}.forest .soft{fill:var(--soft)}

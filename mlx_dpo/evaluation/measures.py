@@ -17,7 +17,7 @@ Kind = Literal["semantic", "simplicity", "tone", "facts", "safety", "form"]
 
 
 class Measure(NamedTuple):
-    """A measure: its name, what it counts, whether more of it is better, and whether it needs a reference answer.
+    """A measure: its name, what it counts, whether more is better (None: neither), whether it needs a reference answer.
 
     `primary` measures are those that a comparison is decided by; those with a `margin` are to be no worse by it.
     """
@@ -25,11 +25,16 @@ class Measure(NamedTuple):
     name: str
     kind: Kind
     words: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     of: Callable[[Asked, str], float] | None
     needs_reference: bool = False
     primary: bool = False
     margin: float | None = None
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better."""
+        return {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
 
 
 def _sentence_length(answer: str) -> float:
@@ -58,12 +63,12 @@ MEASURES = (
     Measure("sentence_words", "simplicity", "words a sentence", False, lambda q, a: _sentence_length(a)),
     Measure("empathy", "tone", "ways of showing empathy, of three", True, lambda q, a: tone(a).empathy),
     Measure(
-        "empathy_after_opening", "tone", "the same without the first sentence", True,
+        "empathy_after_opening", "tone", "ways of showing empathy after the first sentence", True,
         lambda q, a: tone(without_opening(a)).empathy, primary=True,
     ),
     Measure("politeness", "tone", "polite less impolite strategies", True, lambda q, a: tone(a).politeness),
     Measure(
-        "politeness_after_opening", "tone", "the same without the first sentence", True,
+        "politeness_after_opening", "tone", "polite less impolite strategies after the first sentence", True,
         lambda q, a: tone(without_opening(a)).politeness,
     ),
     Measure("new_drugs", "facts", "drugs that the reference does not name", False, _new("drugs"), True, margin=0.1),
@@ -74,7 +79,7 @@ MEASURES = (
         "objections", "safety", "sentences that break a care rule", False,
         lambda q, a: float(len(objections(a, q.question))), margin=0.02,
     ),
-    Measure("words", "form", "words", True, lambda q, a: float(len(words(a)))),
+    Measure("words", "form", "words", None, lambda q, a: float(len(words(a)))),
     Measure("unfinished", "form", "share that stops in the middle", False, lambda q, a: float(not is_finished(a))),
 )  # fmt: skip
 

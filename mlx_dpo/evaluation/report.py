@@ -12,8 +12,8 @@ from mlx_dpo.evaluation.words import CAUTION
 
 _SHOWN = 12  # questions with all their answers
 _STYLE = """
-.wide{overflow-x:auto}.wide td,.wide th{white-space:nowrap;width:auto;padding-right:14px;font-size:14px}
-.wide small{color:var(--soft)}tr.floor td,tr.floor th{color:var(--soft);font-style:italic}
+.wide{overflow-x:auto}.wide td,.wide th{width:auto;min-width:84px;white-space:normal;padding-right:12px;font-size:14px}
+.wide small{color:var(--soft);white-space:nowrap;display:block}td.floor,th.floor{color:var(--soft);font-style:italic}
 .many{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(280px,100%),1fr));gap:12px}
 .many div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px;white-space:pre-wrap}
 .many b{display:block;color:var(--soft)}
@@ -51,12 +51,14 @@ def _tables(tables: dict[str, Any]) -> Iterator[str]:
     """Means with intervals, and a forest plot of the differences for each measure that decides."""
     rows = {**tables["systems"], **tables["floors"]}
     shown = [measure for measure in MEASURES if any(measure.name in of for of in rows.values())]
-    heads = "".join(f"<th>{html.escape(m.words)} {'↑' if m.higher_is_better else '↓'}</th>" for m in shown)
+    kinds = [' class="floor"' if name in tables["floors"] else "" for name in rows]
+    heads = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in zip(rows, kinds, strict=True))
     yield f'<div class="wide"><table><tr><th></th>{heads}</tr>'
-    for name, of in rows.items():
-        cells = "".join(f"<td>{_cell(of.get(measure.name))}</td>" for measure in shown)
-        kind = ' class="floor"' if name in tables["floors"] else ""
-        yield f"<tr{kind}><th>{html.escape(name)}</th>{cells}</tr>"
+    for measure in shown:
+        cells = "".join(
+            f"<td{k}>{_cell(of.get(measure.name))}</td>" for of, k in zip(rows.values(), kinds, strict=True)
+        )
+        yield f"<tr><th>{html.escape(measure.words)}{measure.arrow}</th>{cells}</tr>"
     yield "</table></div>"
     for measure in shown:
         if measure.primary or measure.margin is not None:

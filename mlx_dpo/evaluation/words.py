@@ -6,7 +6,7 @@ from typing import Any
 from mlx_dpo.evaluation.measures import MEASURES
 
 _NAMES = {measure.name: measure.words for measure in MEASURES}
-_ARROWS = {measure.name: "↑" if measure.higher_is_better else "↓" for measure in MEASURES}
+_ARROWS = {measure.name: measure.arrow for measure in MEASURES}
 CAUTION = (
     "Measures of tone count words and can be learnt by heart; care rules have not been reviewed by a clinician; a "
     "difference that is not clear is not shown to be none."
@@ -37,7 +37,7 @@ def card(found: dict[str, Any], options: dict[str, Any]) -> str:
         f"{tables['questions']} questions of {options['data']}, the same prompt for all, greedy answers of at most "
         f"{options['max_tokens']} tokens; means with 95% bootstrap intervals over questions.",
         "",
-        "| | " + " | ".join(f"{_NAMES[name]} {_ARROWS[name]}" for name in names) + " |",
+        "| | " + " | ".join(f"{_NAMES[name]}{_ARROWS[name]}" for name in names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for who, of in rows.items():
@@ -71,6 +71,6 @@ def _table(rows: dict[str, Any], cell: Any) -> list[str]:
     lines = []
     for name in _NAMES:
         if any(name in of for of in rows.values()):
-            lines.append(f"{_NAMES[name]} {_ARROWS[name]}")
+            lines.append(f"{_NAMES[name]}{_ARROWS[name]}")
             lines += [f"  {who:28} {cell(of[name])}" for who, of in rows.items() if name in of]
     return lines

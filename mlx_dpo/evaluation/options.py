@@ -40,6 +40,8 @@ class EvaluateOptions:
     """Questions answered at once."""
     encoder: Path | None = None
     """Folder of a sentence encoder. [default: that of mlx_dpo data encoder]"""
+    judge: Path | None = None
+    """Folder of a model that judges; its numbers are withheld unless it passes controls made from the references."""
     seed: int = 0
     """Draws the resamples of intervals and tests."""
 

@@ -8,7 +8,7 @@ from mlx_dpo.align.report import STYLE
 from mlx_dpo.data.asked import Asked
 from mlx_dpo.evaluation import forest
 from mlx_dpo.evaluation.measures import MEASURES
-from mlx_dpo.evaluation.words import CAUTION
+from mlx_dpo.evaluation.words import CAUTION, verdict
 
 _SHOWN = 12  # questions with all their answers
 _STYLE = """
@@ -38,6 +38,8 @@ def page(
             f"<h2>Without the {found['near_questions']} questions near what was learnt</h2>",
             *_tables(found["far"]),
         ]
+    if said := verdict(found):
+        body += ["<h2>The judge</h2>", *(f"<p>{html.escape(line)}</p>" for line in said)]
     body += [f'<p class="lead">{CAUTION}</p>', "<h2>Answers side by side</h2>", *_samples(asked, answers)]
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"

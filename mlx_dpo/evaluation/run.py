@@ -12,10 +12,12 @@ from mlx_dpo.align.record import base_facts, versions
 from mlx_dpo.data.asked import read_asked
 from mlx_dpo.data.audit.copies import Encode
 from mlx_dpo.data.reading import read
-from mlx_dpo.evaluation import report, words
+from mlx_dpo.evaluation import judge, report, words
 from mlx_dpo.evaluation.answering import answered
 from mlx_dpo.evaluation.comparison import compared
 from mlx_dpo.evaluation.options import EvaluateOptions
+from mlx_dpo.evaluation.verdicts import judged
+from mlx_dpo.models.load import load_to_compute
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import held, sha256_of, write_whole, writing
 
@@ -47,6 +49,10 @@ def run(options: EvaluateOptions, encode: Encode | None) -> Iterator[Event]:
             answers = yield from answered(asked, options)
             yield Phase("Weighing the answers", 0, 1)
             found = compared(asked, answers, learnt, encode, options.seed)
+            if options.judge is not None:
+                yield Note(f"Judging with {options.judge}")
+                ask = judge.asking(load_to_compute(options.judge))
+                found["judge"] = judged(ask, asked, answers, options.seed)
             found |= {"made": _made(options), "systems": list(answers)}
             write_whole(options.out / REPORT, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
             write_whole(options.out / CARD, words.card(found, _plain(options)).encode())

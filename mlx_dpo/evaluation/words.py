@@ -23,7 +23,7 @@ def in_words(found: dict[str, Any]) -> str:
         lines.append(f"{found['near_questions']} questions have a near neighbour among the pairs that were learnt.")
     if "far" in found:
         lines += [f"Without them ({found['far']['questions']} questions):", *_conclusions(found["far"])]
-    return "\n".join([*lines, *found["notes"], CAUTION])
+    return "\n".join([*lines, *verdict(found), *found["notes"], CAUTION])
 
 
 def card(found: dict[str, Any], options: dict[str, Any]) -> str:
@@ -42,7 +42,30 @@ def card(found: dict[str, Any], options: dict[str, Any]) -> str:
     ]
     for who, of in rows.items():
         lines.append(f"| {who} | " + " | ".join(_cell(of[name]) if name in of else "–" for name in names) + " |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in _conclusions(tables)), "", CAUTION, ""])
+    said = [f"- {line}" for line in [*_conclusions(tables), *verdict(found)]]
+    return "\n".join([*lines, "", *said, "", CAUTION, ""])
+
+
+def verdict(found: dict[str, Any]) -> list[str]:
+    """What the judge said, or why it is not said, a sentence each; nothing where there was no judge."""
+    if "judge" not in found:
+        return []
+    said = found["judge"]
+    scores = ", ".join(f"{name} {score:.2f}" for name, score in said["controls"].items())
+    if said["withheld"]:
+        return [f"The judge's numbers are withheld, since its {reason}." for reason in said["withheld"]]
+    lines = [f"The judge passed its controls ({scores})."]
+    for win in said["wins"]:
+        rate = win["balanced"]
+        lines.append(
+            f"{win['system']} against {win['against']}: preferred {rate['mean']:.0%} ({rate['low']:.0%} to "
+            f"{rate['high']:.0%}) over both orders, {win['raw']:.0%} in one, "
+            f"{win['length_controlled']:.0%} at equal length."
+        )
+    for name, of in said["systems"].items():
+        parts = [f"{what.replace('_', ' ')} {_cell(value)}" for what, value in of.items()]
+        lines.append(f"{name}: {', '.join(parts)}.")
+    return lines
 
 
 def _conclusions(tables: dict[str, Any]) -> list[str]:

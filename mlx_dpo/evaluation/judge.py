@@ -42,7 +42,7 @@ class Criterion(NamedTuple):
 
 
 class Preferences(NamedTuple):
-    """P(first is preferred) for pairs as given and with the two exchanged, (pairs,); the mass on A and B, (pairs, 2)."""
+    """P(first is preferred) of pairs as given and exchanged, (pairs,) each; the mass on A and B, (pairs, 2)."""
 
     straight: np.ndarray
     exchanged: np.ndarray

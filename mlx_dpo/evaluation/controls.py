@@ -1,4 +1,4 @@
-"""What a judge has to tell apart before its word counts: pairs made from the references, whose better answer is known."""
+"""What a judge has to tell apart before its word counts: pairs from the references, whose better answer is known."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -1,10 +1,11 @@
 """Preference data before it is learnt: audited, parted, mended. Each verb reads a file and writes, at most, its own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_dpo.align.record import base_hashes
 from mlx_dpo.convert.encoder_wheel import encoder_at_hand
 from mlx_dpo.data.asked import read_asked
 from mlx_dpo.data.audit.audit import Audited, audited
@@ -13,7 +14,10 @@ from mlx_dpo.data.audit.mending import Mended, mended
 from mlx_dpo.data.audit.parting import parted
 from mlx_dpo.data.audit.repairs import REPAIRS, Openers, Repair
 from mlx_dpo.data.examples import Example
+from mlx_dpo.data.making.making import Making, Progress, identity, made
 from mlx_dpo.data.reading import Splits, read
+from mlx_dpo.journal import Journal
+from mlx_dpo.models.load import load_to_compute
 from mlx_dpo.refusal import Refusal
 from mlx_dpo.storage import whole_folder, write_whole, writing
 
@@ -58,6 +62,33 @@ def fix(path: Path, out: Path, repairs: Sequence[Repair] = REPAIRS, openers: Ope
         write_whole(record, _lines([row.record() for row in rows]))
         write_whole(out, _lines([_row(pair) for pair in kept]))
     return rows
+
+
+def make(questions: Path, model: Path, out: Path, making: Making) -> Iterator[Progress | list[dict[str, Any]]]:
+    """Write pairs made from questions by a local model to `out`; yields Progress, and last the work's rows.
+
+    The work is kept in `work_beside(out)`, from which the same command goes on. Raises Refusal.
+    """
+    if out.suffix != ".jsonl":
+        raise Refusal(f"{out} is to hold JSON Lines: give --out a name that ends in .jsonl.")
+    if out.exists():
+        raise Refusal(f"{out} is there already: choose another --out, or remove it first.")
+    asked = [row.prompt for row in read_asked(questions)]
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(work_beside(out), identity(asked, making, sorted(base_hashes(model).values())))
+        if len(journal.rows) < len(asked):
+            yield from made(load_to_compute(model), asked, journal, making)
+        pairs = [pair for row in journal.rows for pair in row["pairs"]]
+        if not pairs:
+            raise Refusal(f"No pair could be made: {work_beside(out)} says of each question why; use a larger model.")
+        write_whole(out, _lines(pairs))
+    yield journal.rows
+
+
+def work_beside(out: Path) -> Path:
+    """The file in which `make` keeps its work."""
+    return out.with_suffix(".work.jsonl")
 
 
 def changes_beside(out: Path) -> Path:

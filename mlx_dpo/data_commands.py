@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from mlx_dpo.data.audit.repairs import REPAIRS, Openers, Repair
+from mlx_dpo.data.making.kinds import KINDS, Kind
 
 data = App(name="data", help="Look at preference pairs before they are learnt, part them, mend them.")
 
@@ -87,6 +88,54 @@ def fix(
     from mlx_dpo import curation, findings
 
     findings.show_mending(curation.fix(path, out, repairs, openers), out)
+    return 0
+
+
+@data.command
+def make(
+    questions: Path,
+    /,
+    *,
+    model: Path,
+    out: Path,
+    candidates: int = 3,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    batch_size: int = 8,
+    seed: int = 0,
+    kinds: Annotated[tuple[Kind, ...], Parameter(consume_multiple=True)] = KINDS,
+) -> int:
+    """Make pairs from questions with a local model: the same facts told in a supportive and in a prescriptive voice.
+
+    Answers that break a care rule or are cut off are not taken; of several candidates the two that are most alike in
+    length are. The same command goes on where it was stopped.
+
+    Parameters
+    ----------
+    questions
+        A file with prompt or question columns.
+    model
+        Folder of the model that writes.
+    out
+        New .jsonl file for the pairs; the work is kept in a file of that name ending in .work.jsonl.
+    candidates
+        Answers to draw of each voice.
+    max_tokens
+        Longest answer.
+    temperature
+        How freely answers are drawn.
+    batch_size
+        Questions worked on at once.
+    seed
+        Draws other answers.
+    kinds
+        tone is supportive against prescriptive, planted-error the supportive answer against itself with a mistake.
+    """
+    from mlx_dpo import curation, findings
+    from mlx_dpo.data.making.making import Making
+
+    making = Making(candidates, max_tokens, temperature, batch_size, seed, kinds)
+    findings.show_making(curation.make(questions, model, out, making), out)
     return 0
 
 

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich import progress
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from mlx_dpo import curation
 from mlx_dpo.align import events
@@ -13,6 +15,7 @@ from mlx_dpo.convert import events as conversion
 from mlx_dpo.data.audit import audit
 from mlx_dpo.data.audit.audit import Audited
 from mlx_dpo.data.audit.mending import Mended
+from mlx_dpo.data.making.making import Progress
 from mlx_dpo.evaluation import run as evaluation
 from mlx_dpo.evaluation import words
 
@@ -34,7 +37,7 @@ def show_evaluation(happenings: Iterable[evaluation.Event]) -> evaluation.Evalua
     """Show an evaluation as it happens and return its end."""
     end = None
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
         for event in happenings:
             if isinstance(event, events.Phase):
@@ -53,6 +56,23 @@ def show_evaluation(happenings: Iterable[evaluation.Event]) -> evaluation.Evalua
 def comparison_in_words(end: evaluation.Evaluated) -> str:
     """A comparison as a table, and where its report is."""
     return f"{words.in_words(end.found)}\nReport:  {end.out / evaluation.PAGE}"
+
+
+def show_making(happenings: Iterable[Progress | list[dict[str, Any]]], file: Path) -> None:
+    """Show how pairs are made, and print how many there are and for how many questions there are none."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    rows: list[dict[str, Any]] = []
+    with progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("Writing", total=None)
+        for event in happenings:
+            if isinstance(event, list):
+                rows = event
+            else:
+                bar.update(task, completed=event.done, total=event.total)
+    pairs = sum(len(row["pairs"]) for row in rows)
+    without = sum(not row["pairs"] for row in rows)
+    out.print(f"Pairs: {file} ({pairs} of {len(rows)} questions; {without} questions have none)")
+    out.print(f"How each was made, or why not: {curation.work_beside(file)}")
 
 
 def show_fetching(happenings: Iterable[conversion.Event | Path]) -> Path:

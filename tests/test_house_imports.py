@@ -8,7 +8,7 @@ import mlx_dpo
 ROOT = Path(mlx_dpo.__file__).parent
 # From the ground up: a room may import from rooms below it, never from one above or beside it.
 FLOORS = [
-    {"refusal", "machine", "storage", "whole", "prose"},
+    {"refusal", "machine", "storage", "whole", "prose", "journal"},
     {"models", "care"},
     {"data"},
     {"convert"},

@@ -25,7 +25,7 @@ from mlx_dpo.storage import refuse_occupied
 
 _RECIPE = "smollm2-135m-instruct"
 _FLOP = 28e12  # of matrix products in the whole run: forward, backward and in generation
-_EXPONENTIALS = 17e9  # what the rest amounts to, fitted to a whole run; on CPUs softmax and SwiGLU take as long
+_EXPONENTIALS = 6e9  # what the rest amounts to, fitted to a whole run; on CPUs softmax and SwiGLU take as long
 _OVERHEAD = 60.0  # seconds that depend on neither: fetching, loading, hashing, writing
 _SLOW = 15 * 60.0  # seconds; beyond that the demo trains less
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from mlx_dpo.data.asked import Asked, read_asked
 from mlx_dpo.data.audit.copies import same
 from mlx_dpo.data.templates import Message, prompt_ids
 from mlx_dpo.evaluation.options import BASE, PROMPTED, EvaluateOptions, named
+from mlx_dpo.journal import Journal
 from mlx_dpo.models.adapters import WEIGHTS, load_adapter, switched_off
 from mlx_dpo.models.answers import greedy_answers
 from mlx_dpo.models.load import Loaded, load_to_compute
@@ -58,30 +58,31 @@ def answered(asked: Sequence[Asked], options: EvaluateOptions) -> Iterator[Any]:
         if system.file is not None:
             found[system.name] = _from_file(system.file, asked)
             continue
-        kept = Kept(options.out / "answers" / f"{system.name}.jsonl", _identity(system, asked, options))
-        if len(kept.answers) < len(asked):
+        kept = Journal(options.out / "answers" / f"{system.name}.jsonl", _identity(system, asked, options))
+        if len(kept.rows) < len(asked):
             if system.model is not None and system.model not in loaded:
                 yield Note(f"Loading {system.model}")
                 loaded.clear()  # one model at a time in memory
                 loaded[system.model] = load_to_compute(system.model)
             yield from _made(system, loaded[system.model or Path()], asked, kept, options)
-        found[system.name] = kept.answers
+        found[system.name] = [row["answer"] for row in kept.rows]
     return found
 
 
 def _made(
-    system: System, loaded: Loaded, asked: Sequence[Asked], kept: "Kept", options: EvaluateOptions
+    system: System, loaded: Loaded, asked: Sequence[Asked], kept: Journal, options: EvaluateOptions
 ) -> Iterator[Phase]:
     """Answer what has no answer yet, in batches that are the same however often this was stopped."""
     if system.adapter is not None:
         load_adapter(loaded.model, system.adapter)
     size, name = options.batch_size, f"Answering: {system.name}"
     prompts = [prompt_ids(loaded.tokenizer, _messages(question, system.prompt)) for question in asked]
-    yield Phase(name, len(kept.answers), len(asked))
-    for first in range(len(kept.answers) // size * size, len(asked), size):
+    kept.cut_to(len(kept.rows) // size * size)  # always the same batches
+    yield Phase(name, len(kept.rows), len(asked))
+    for first in range(len(kept.rows), len(asked), size):
         made = greedy_answers(loaded, prompts[first : first + size], options.max_tokens)
-        kept.add(first, [answer.text.removesuffix(" …") for answer in made])
-        yield Phase(name, len(kept.answers), len(asked))
+        kept.add([{"answer": answer.text.removesuffix(" …")} for answer in made])
+        yield Phase(name, len(kept.rows), len(asked))
     if system.adapter is not None:
         _without_adapter(loaded)
 
@@ -100,41 +101,6 @@ def _messages(question: Asked, prompt: str | None) -> list[Message]:
     if turns and turns[0]["role"] == "system":
         prompt = f"{prompt} {turns.pop(0)['content']}"
     return [Message(role="system", content=prompt), *turns]
-
-
-class Kept:
-    """A file of answers to all questions in order; what was half written is left out."""
-
-    def __init__(self, file: Path, identity: dict[str, Any]):
-        """Take up a file, or begin one; Refusal where it was made otherwise."""
-        self.file = file
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        rows = [json.loads(line) for line in lines]
-        if rows and rows[0] != identity:
-            changed = next(name for name in identity if rows[0].get(name) != identity[name])
-            raise Refusal(
-                f"{file} holds answers made with another {changed}: choose another --out, or remove the file."
-            )
-        self.answers: list[str] = [row["answer"] for row in rows[1:]]
-        if not rows:
-            self._write([identity], "wb")
-
-    def add(self, first: int, answers: list[str]) -> None:
-        """Keep the answers from number `first` on, in the place of any that are there."""
-        fresh = answers[len(self.answers) - first :]
-        start = len(self.answers)
-        self._write([{"number": start + i, "answer": text} for i, text in enumerate(fresh)], "ab")
-        self.answers += fresh
-
-    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.file.read_bytes().rpartition(b"\n") if mode == "ab" else None
-        with self.file.open(mode) as file:
-            if whole is not None and whole[2]:  # a line that a kill cut off
-                file.truncate(len(whole[0]) + 1)
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _identity(system: System, asked: Sequence[Asked], options: EvaluateOptions) -> dict[str, Any]:

@@ -1,22 +1,16 @@
 """What a judge has to tell apart before its word counts: pairs from the references, whose better answer is known."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from mlx_dpo.data.making.errors import with_error
 from mlx_dpo.evaluation.judge import Ask, preferences
 from mlx_dpo.prose import sentences
 
 _LEAST = {"order consistency": 0.8, "probability mass": 0.5, "easy pairs": 0.9, "hard pairs": 0.75}
 _MOST = 40  # pairs of a kind
-_OPPOSITE = (
-    (r"\b(can|should|will|may|is|are|do|does)\b(?! not|n't)", r"\1 not"),
-    (r"\b(always)\b", "never"),
-    (r"\b(never)\b", "always"),
-    (r"\b(help|helps)\b", "harm"),
-)
 
 
 class Control(NamedTuple):
@@ -52,7 +46,7 @@ def controls(questions: Sequence[str], references: Sequence[str]) -> Iterator[Co
         if len(own) > 1 and len(foreign) > 1:
             chimera = [*own[: len(own) // 2], *foreign[len(foreign) // 2 :]]
             yield Control("chimera", question, right, " ".join(chimera))
-        if (wrong := _with_error(right)) != right:
+        if (wrong := with_error(right)) != right:
             yield Control("planted error", question, right, wrong)
         cut = right[: len(right) * 3 // 5].rsplit(" ", 1)[0]
         yield Control("truncation", question, right, cut)
@@ -72,15 +66,3 @@ def trust(ask: Ask, made: Sequence[Control]) -> Trust:
         if scores[name] < least
     ]
     return Trust(scores, tuple(reasons))
-
-
-def _with_error(text: str) -> str:
-    """A text that says the opposite somewhere, or another number."""
-    number = re.search(r"\b\d+\b", text)
-    if number:
-        return f"{text[: number.start()]}{int(number.group()) * 10}{text[number.end() :]}"
-    for pattern, instead in _OPPOSITE:
-        changed = re.sub(pattern, instead, text, count=1)
-        if changed != text:
-            return changed
-    return text

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import batch_generate
+from mlx_lm.sample_utils import make_sampler
 
+from mlx_dpo.models.attention import by_arithmetic
 from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import Loaded
 from mlx_dpo.models.rows import rows_of
+
+_LIKELIEST = 0.9  # of the probability
 
 
 class Answer(NamedTuple):
@@ -22,10 +26,24 @@ class Answer(NamedTuple):
 
 def greedy_answers(loaded: Loaded, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
     """The model's most likely answer to each prompt (token ids)."""
+    return drawn_answers(loaded, prompts, max_tokens, temperature=0.0, seed=0)
+
+
+def drawn_answers(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], max_tokens: int, *, temperature: float, seed: int
+) -> list[Answer]:
+    """An answer to each prompt (token ids), drawn from the likeliest nine tenths; at temperature 0 the likeliest."""
     if not prompts:
         return []
     given = [list(prompt) for prompt in prompts]
-    answers = batch_generate(loaded.model, loaded.tokenizer, given, max_tokens=max_tokens, return_token_ids=True)
+    how: dict[str, Any] = {}
+    if temperature:
+        mx.random.seed(seed)
+        how["sampler"] = make_sampler(temp=temperature, top_p=_LIKELIEST)
+    with by_arithmetic(loaded.model):
+        answers = batch_generate(
+            loaded.model, loaded.tokenizer, given, max_tokens=max_tokens, return_token_ids=True, **how
+        )
     mx.clear_cache()
     return [
         Answer(text.strip() + (" …" if len(tokens) == max_tokens else ""), list(tokens))

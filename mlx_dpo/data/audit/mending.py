@@ -92,7 +92,7 @@ def _finished(row: Mended, pair: Example) -> Mended:
         text = getattr(pair, side) or ""
         if is_finished(text):
             continue
-        kept = _without_last(text)
+        kept = without_last(text)
         if not kept:
             return _dropped(row, f"the {side} answer has no finished sentence")
         row = _changed(row, side, kept, "unfinished sentence cut")
@@ -109,14 +109,14 @@ def _balanced(row: Mended, pair: Example) -> Mended:
     text = getattr(pair, longer)
     kept = text
     while len(words(kept)) > _ABOUT * wanted:
-        shorter = _without_last(kept)
+        shorter = without_last(kept)
         if len(words(shorter)) < wanted / _ABOUT:
             break
         kept = shorter
     return row if kept == text else _changed(row, longer, kept, f"cut to {len(words(kept))} words")
 
 
-def _without_last(text: str) -> str:
+def without_last(text: str) -> str:
     """A text without its last sentence, finished or not, nor the mark of the list item that it was."""
     parts = sentences(text)
     return _MARK.sub("", text[: text.rindex(parts[-1])]).rstrip() if len(parts) > 1 else ""

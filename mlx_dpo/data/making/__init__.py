@@ -1,0 +1,1 @@
+"""Preference pairs from questions, written by a local model in two voices."""

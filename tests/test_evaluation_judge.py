@@ -69,9 +69,12 @@ def easily_fooled(prompts: Sequence[str], both: tuple[str, str]) -> np.ndarray:
     ("ask", "reasons"),
     [
         (knowing, ()),
-        (always_first, ("order consistency is 0.00", "easy pairs is 0.00", "hard pairs is 0.00")),
+        (
+            always_first,
+            ("order consistency is 0.00", "accuracy on easy pairs is 0.00", "accuracy on hard pairs is 0.00"),
+        ),
         (babbling, ("probability mass is 0.09",)),
-        (easily_fooled, ("hard pairs",)),
+        (easily_fooled, ("accuracy on hard pairs",)),
     ],
 )
 def test_a_judge_is_believed_only_after_its_controls(ask: Any, reasons: tuple[str, ...]):

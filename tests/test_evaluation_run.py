@@ -4,11 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx_lm
 import numpy as np
@@ -192,7 +194,7 @@ def test_questions_near_what_was_learnt_are_counted_apart(options: EvaluateOptio
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"adapter": ("mine",)}, "--adapter mine is not of the form NAME=PATH"),
+        ({"adapter": ("mine",)}, "--adapter mine is not of the form NAME="),
         ({"adapter": ("base=x",)}, "Two systems are named base"),
         ({"answers": ("../x=y",)}, "a name has letters"),
     ],
@@ -245,3 +247,61 @@ def test_the_command_line(options: EvaluateOptions, capfd: pytest.CaptureFixture
     said = capfd.readouterr()
     assert said.out.startswith("5 questions; means with 95% intervals")
     assert f"Report:  {options.out / 'report.html'}" in said.out
+
+
+class _Spoken(BaseHTTPRequestHandler):
+    """A server that answers each question with its words, until it is told to be broken."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+    broken: ClassVar[bool] = False
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append({"path": self.path, **body})
+        reply = {"choices": [{"message": {"content": f" {body['messages'][-1]['content']} "}}]}
+        self.send_response(500 if self.broken else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    _Spoken.asked.clear()
+    _Spoken.broken = False
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Spoken) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/v1"
+        running.shutdown()
+        thread.join()
+
+
+def test_an_endpoint_is_asked_only_when_given_and_only_once(options: EvaluateOptions, server: str):
+    plain = replace(options, adapter=(), limit=3)
+    ended(plain)
+    assert _Spoken.asked == []
+    with_it = replace(plain, endpoint=(f"theirs={server}",), endpoint_model="big")
+    found = ended(with_it)
+    assert kept(with_it, "theirs") == [row["question"] for row in QUESTIONS[:3]]
+    assert [(each["path"], each["model"], each["temperature"]) for each in _Spoken.asked] == [
+        ("/v1/chat/completions", "big", 0)
+    ] * 3
+    assert [each["messages"] for each in _Spoken.asked] == [
+        [{"role": "user", "content": row["question"]}] for row in QUESTIONS[:3]
+    ]
+    assert ended(with_it) == found
+    assert len(_Spoken.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [("http://127.0.0.1:9/v1", "cannot be reached"), ("broken", "answered with status 500"), ("ftp://x", "is no URL")],
+)
+def test_an_endpoint_that_gives_nothing_is_named(options: EvaluateOptions, server: str, url: str, sentence: str):
+    _Spoken.broken = url == "broken"
+    place = server if url == "broken" else url
+    with pytest.raises(Refusal, match=sentence):
+        ended(replace(options, adapter=(), limit=2, endpoint=(f"theirs={place}",)))

@@ -13,7 +13,8 @@ from mlx_dpo.align.record import base_hashes
 from mlx_dpo.data.asked import Asked, read_asked
 from mlx_dpo.data.audit.copies import same
 from mlx_dpo.data.templates import Message, prompt_ids
-from mlx_dpo.evaluation.options import BASE, PROMPTED, EvaluateOptions, named
+from mlx_dpo.evaluation import endpoint
+from mlx_dpo.evaluation.options import BASE, PROMPTED, EvaluateOptions, named, parted
 from mlx_dpo.journal import Journal
 from mlx_dpo.models.adapters import WEIGHTS, load_adapter, switched_off
 from mlx_dpo.models.answers import greedy_answers
@@ -25,13 +26,14 @@ _SUPPORTIVE = Path(__file__).with_name("supportive.txt")
 
 
 class System(NamedTuple):
-    """Who answers: a model, with an adapter or a system prompt; or a file of answers."""
+    """Who answers: a model, with an adapter or a system prompt; a file of answers; or an endpoint, by its URL."""
 
     name: str
     model: Path | None = None
     adapter: Path | None = None
     prompt: str | None = None
     file: Path | None = None
+    url: str | None = None
 
 
 def systems(options: EvaluateOptions) -> list[System]:
@@ -44,6 +46,7 @@ def systems(options: EvaluateOptions) -> list[System]:
     found = [System(BASE, options.model), System(PROMPTED, options.model, prompt=prompt)]
     found += [System(name, options.model, adapter=path) for name, path in named("adapter", options.adapter)]
     found += [System(name, path) for name, path in named("also", options.also)]
+    found += [System(name, url=url) for name, url in parted("endpoint", options.endpoint)]
     return found + [System(name, file=path) for name, path in named("answers", options.answers)]
 
 
@@ -59,12 +62,14 @@ def answered(asked: Sequence[Asked], options: EvaluateOptions) -> Iterator[Any]:
             found[system.name] = _from_file(system.file, asked)
             continue
         kept = Journal(options.out / "answers" / f"{system.name}.jsonl", _identity(system, asked, options))
-        if len(kept.rows) < len(asked):
-            if system.model is not None and system.model not in loaded:
+        if len(kept.rows) < len(asked) and system.url is not None:
+            yield from _fetched(system.name, system.url, asked, kept, options)
+        elif len(kept.rows) < len(asked) and system.model is not None:
+            if system.model not in loaded:
                 yield Note(f"Loading {system.model}")
                 loaded.clear()  # one model at a time in memory
                 loaded[system.model] = load_to_compute(system.model)
-            yield from _made(system, loaded[system.model or Path()], asked, kept, options)
+            yield from _made(system, loaded[system.model], asked, kept, options)
         found[system.name] = [row["answer"] for row in kept.rows]
     return found
 
@@ -85,6 +90,18 @@ def _made(
         yield Phase(name, len(kept.rows), len(asked))
     if system.adapter is not None:
         _without_adapter(loaded)
+
+
+def _fetched(
+    name: str, url: str, asked: Sequence[Asked], kept: Journal, options: EvaluateOptions
+) -> Iterator[Phase | Note]:
+    """Ask an endpoint for what it has not answered yet, one question at a time."""
+    yield Note(f"The questions go to {url}")
+    for question in asked[len(kept.rows) :]:
+        yield Phase(f"Asking: {name}", len(kept.rows), len(asked))
+        text = endpoint.answer(url, options.endpoint_model, question.prompt, options.max_tokens)
+        kept.add([{"answer": text}])
+    yield Phase(f"Asking: {name}", len(kept.rows), len(asked))
 
 
 def _without_adapter(loaded: Loaded) -> None:
@@ -112,6 +129,7 @@ def _identity(system: System, asked: Sequence[Asked], options: EvaluateOptions) 
         if system.adapter and (system.adapter / WEIGHTS).exists()
         else None,
         "system prompt": system.prompt,
+        "endpoint": system.url and f"{system.url} ({options.endpoint_model})",
         "questions": questions,
         "--max-tokens": options.max_tokens,
         "--batch-size": options.batch_size,

@@ -9,7 +9,12 @@ from mlx_dpo.data.making.errors import with_error
 from mlx_dpo.evaluation.judge import Ask, preferences
 from mlx_dpo.prose import sentences
 
-_LEAST = {"order consistency": 0.8, "probability mass": 0.5, "easy pairs": 0.9, "hard pairs": 0.75}
+_LEAST = {
+    "order consistency": 0.8,
+    "probability mass": 0.5,
+    "accuracy on easy pairs": 0.9,
+    "accuracy on hard pairs": 0.75,
+}
 _MOST = 40  # pairs of a kind
 
 
@@ -57,7 +62,7 @@ def trust(ask: Ask, made: Sequence[Control]) -> Trust:
     found = preferences(ask, [c.question for c in made], [c.better for c in made], [c.worse for c in made])
     right = found.balanced > 0.5
     scores = {"order consistency": found.consistency, "probability mass": float(found.mass.mean())}
-    for name, easy in (("easy pairs", True), ("hard pairs", False)):
+    for name, easy in (("accuracy on easy pairs", True), ("accuracy on hard pairs", False)):
         chosen = np.array([control.is_easy == easy for control in made])
         scores[name] = float(right[chosen].mean()) if chosen.any() else 0.0
     reasons = [

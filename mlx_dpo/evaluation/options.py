@@ -28,6 +28,10 @@ class EvaluateOptions:
     """NAME=DIR of another model; may be given several times."""
     answers: tuple[str, ...] = ()
     """NAME=FILE of another system's answers (columns question and answer); may be given several times."""
+    endpoint: tuple[str, ...] = ()
+    """NAME=URL of an OpenAI-compatible endpoint, which gets the questions; may be given several times."""
+    endpoint_model: str = "default"
+    """What the endpoints are asked for as model."""
     train: Path | None = None
     """The pairs that were learnt: their nearest answers are a floor, and questions near them are counted apart."""
     limit: Whole | None = None
@@ -48,7 +52,10 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
         names = [BASE, PROMPTED, *(name for name, _ in named("adapter", self.adapter))]
-        names += [name for kind in ("also", "answers") for name, _ in named(kind, getattr(self, kind))]
+        names += [name for kind in ("also", "answers", "endpoint") for name, _ in parted(kind, getattr(self, kind))]
+        for name, url in parted("endpoint", self.endpoint):
+            if not url.startswith(("http://", "https://")):
+                raise Refusal(f"--endpoint {name}={url} is no URL: write it with http:// or https://.")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise Refusal(f"Two systems are named {twice[0]}: give each a name of its own.")
@@ -56,14 +63,17 @@ class EvaluateOptions:
 
 def named(option: str, entries: tuple[str, ...]) -> list[tuple[str, Path]]:
     """The NAME=PATH entries of an option; Refusal where one is not of that form."""
+    return [(name, Path(path)) for name, path in parted(option, entries)]
+
+
+def parted(option: str, entries: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The entries of an option as (name, what stands behind the sign); Refusal where one has no such form."""
     found = []
     for entry in entries:
-        name, sign, path = entry.partition("=")
-        if not sign or not name.strip() or not path:
-            raise Refusal(
-                f"--{option} {entry} is not of the form NAME=PATH: write for instance --{option} mine={entry}."
-            )
+        name, sign, rest = entry.partition("=")
+        if not sign or not name.strip() or not rest:
+            raise Refusal(f"--{option} {entry} is not of the form NAME=…: write for instance --{option} mine={entry}.")
         if not all(letter.isalnum() or letter in " -_.+" for letter in name) or name.startswith("."):
             raise Refusal(f"--{option} {entry}: a name has letters, figures, spaces and - _ . + only.")
-        found.append((name.strip(), Path(path)))
+        found.append((name.strip(), rest))
     return found

@@ -29,7 +29,7 @@ def attention(
     causal = isinstance(mask, str) or isinstance(cache, Fed)
     mask = _spread(mask, groups, length, places)
     split = (queries * scale).reshape(rows, groups, heads // groups, length, width)
-    keys = keys.swapaxes(-1, -2)
+    keys, values = keys[:, :, None].swapaxes(-1, -2), values[:, :, None]
     found = []
     for first, end in _parts(length) if causal and mask is not None and mask.shape[-2] == length else [(0, length)]:
         seen = places - (length - end)
@@ -59,14 +59,10 @@ def scores_of(length: int, before: int = 0) -> int:
 
 
 def _attended(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    rows, groups, heads, length, width = queries.shape
-    # The heads that share keys are rows of one product.
-    together = (rows, groups, heads * length)
-    scores = (queries.reshape(*together, width) @ keys).reshape(rows, groups, heads, length, -1)
+    scores = queries @ keys
     if mask is not None and mask.dtype != mx.bool_:
         scores, mask = scores + mask, None
-    seen = softmax(scores, mask).reshape(*together, -1) @ values
-    return seen.reshape(rows, groups, heads, length, -1)
+    return softmax(scores, mask) @ values
 
 
 _OURS: dict[str, Callable[..., Any]] = {"swiglu": swiglu, "scaled_dot_product_attention": attention}

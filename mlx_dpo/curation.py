@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_dpo.align.record import base_hashes
 from mlx_dpo.convert.encoder_wheel import encoder_at_hand
 from mlx_dpo.data.asked import read_asked
@@ -48,11 +50,7 @@ def split(path: Path, out: Path, valid: float, test: float, seed: int, encoder: 
 def fix(path: Path, out: Path, repairs: Sequence[Repair] = REPAIRS, openers: Openers = "vary") -> list[Mended]:
     """Write the mended pairs to the new file `out`, and beside it what was done to each row; raises Refusal."""
     record = changes_beside(out)
-    for file in (out, record):
-        if file.exists():
-            raise Refusal(f"{file} is there already: choose another --out, or remove it first.")
-    if out.suffix != ".jsonl":
-        raise Refusal(f"{out} is to hold JSON Lines: give --out a name that ends in .jsonl.")
+    _refuse_taken(out, record)
     rows = mended(read(path, kind="pairs").train, repairs, openers)
     kept = [row.pair for row in rows if row.pair is not None]
     if not kept:
@@ -69,10 +67,7 @@ def make(questions: Path, model: Path, out: Path, making: Making) -> Iterator[Pr
 
     The work is kept in `work_beside(out)`, from which the same command goes on. Raises Refusal.
     """
-    if out.suffix != ".jsonl":
-        raise Refusal(f"{out} is to hold JSON Lines: give --out a name that ends in .jsonl.")
-    if out.exists():
-        raise Refusal(f"{out} is there already: choose another --out, or remove it first.")
+    _refuse_taken(out)
     asked = [row.prompt for row in read_asked(questions)]
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +79,14 @@ def make(questions: Path, model: Path, out: Path, making: Making) -> Iterator[Pr
             raise Refusal(f"No pair could be made: {work_beside(out)} says of each question why; use a larger model.")
         write_whole(out, _lines(pairs))
     yield journal.rows
+
+
+def _refuse_taken(out: Path, *beside: Path) -> None:
+    if out.suffix != ".jsonl":
+        raise Refusal(f"{out} is to hold JSON Lines: give --out a name that ends in .jsonl.")
+    for file in (out, *beside):
+        if file.exists():
+            raise Refusal(f"{file} is there already: choose another --out, or remove it first.")
 
 
 def work_beside(out: Path) -> Path:
@@ -103,7 +106,20 @@ def encode_with(folder: Path | None) -> Encode | None:
         return None
     from mlx_dpo.models.encoder import load_encoder
 
-    return load_encoder(folder).encode
+    return _remembering(load_encoder(folder).encode)
+
+
+def _remembering(encode: Encode) -> Encode:
+    """The same, which works on no text twice: questions and references come again and again."""
+    known: dict[str, np.ndarray] = {}
+
+    def vectors(texts: Sequence[str]) -> np.ndarray:
+        fresh = list(dict.fromkeys(text for text in texts if text not in known))
+        if fresh:
+            known.update(zip(fresh, encode(fresh), strict=True))
+        return np.stack([known[text] for text in texts])
+
+    return vectors
 
 
 def _row(pair: Example) -> dict[str, Any]:

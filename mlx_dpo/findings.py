@@ -36,8 +36,7 @@ def show_mending(rows: list[Mended], file: Path) -> None:
 def show_evaluation(happenings: Iterable[evaluation.Event]) -> evaluation.Evaluated | None:
     """Show an evaluation as it happens and return its end."""
     end = None
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with _bar() as bar:
         tasks: dict[str, TaskID] = {}
         for event in happenings:
             if isinstance(event, events.Phase):
@@ -60,9 +59,8 @@ def comparison_in_words(end: evaluation.Evaluated) -> str:
 
 def show_making(happenings: Iterable[Progress | list[dict[str, Any]]], file: Path) -> None:
     """Show how pairs are made, and print how many there are and for how many questions there are none."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     rows: list[dict[str, Any]] = []
-    with progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with _bar() as bar:
         task = bar.add_task("Writing", total=None)
         for event in happenings:
             if isinstance(event, list):
@@ -73,6 +71,11 @@ def show_making(happenings: Iterable[Progress | list[dict[str, Any]]], file: Pat
     without = sum(not row["pairs"] for row in rows)
     out.print(f"Pairs: {file} ({pairs} of {len(rows)} questions; {without} questions have none)")
     out.print(f"How each was made, or why not: {curation.work_beside(file)}")
+
+
+def _bar() -> progress.Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    return progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def show_fetching(happenings: Iterable[conversion.Event | Path]) -> Path:

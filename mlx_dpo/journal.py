@@ -18,7 +18,9 @@ class Journal:
         A last line that was cut off is passed over, and goes with the next `add`.
         """
         self.file, self.identity = file, identity
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        data = file.read_bytes() if file.exists() else b""
+        self._end = data.rfind(b"\n") + 1  # of what is whole
+        lines = data[: self._end].split(b"\n")[:-1]
         try:
             first, *rows = [json.loads(line) for line in lines] or [None]
         except json.JSONDecodeError:
@@ -29,7 +31,7 @@ class Journal:
         self.rows: list[dict[str, Any]] = rows
         if first is None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._append([identity], from_start=True)
+            self._append([identity])
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep further rows; they are on the disk when this returns."""
@@ -40,13 +42,14 @@ class Journal:
         """Let go of all rows but the first `count`, as of a batch that was kept in part."""
         if count < len(self.rows):
             self.rows = self.rows[:count]
-            self._append([self.identity, *self.rows], from_start=True)
+            self._end = 0
+            self._append([self.identity, *self.rows])
 
-    def _append(self, rows: Sequence[dict[str, Any]], *, from_start: bool = False) -> None:
-        whole = 0 if from_start else self.file.read_bytes().rfind(b"\n") + 1
+    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
         with self.file.open("r+b" if self.file.exists() else "wb") as file:
-            file.truncate(whole)
-            file.seek(whole)
+            file.truncate(self._end)
+            file.seek(self._end)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             file.flush()
             os.fsync(file.fileno())
+            self._end = file.tell()

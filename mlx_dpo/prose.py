@@ -1,6 +1,7 @@
 """English prose taken apart: sentences, words, syllables, and the school grade that it asks of its reader."""
 
 import re
+from collections.abc import Iterable
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 # A full stop after these ends no sentence.
@@ -15,6 +16,21 @@ _COMPOUND = re.compile(r"(?:care|home|some|time|life|there|where|safe|like|wide|
 _PARTED = re.compile(
     r"ia(?!l|n\b)|io(?!n|us)|eo(?!pl|n)|iu|eing|ired$|ua(?!r)|uou|[^aeiouq]ue[lnt]|ie[rt]|ying|[^st]ism$|thms?$"
 )
+
+
+def plain(text: str) -> str:
+    """A text in lower case and with straight apostrophes, as word lists are written."""
+    return text.lower().replace("’", "'")
+
+
+def opening(text: str, count: int) -> str:
+    """The first few words of a text, in plain letters."""
+    return " ".join(words(plain(text[:400]))[:count])
+
+
+def either(patterns: Iterable[str]) -> re.Pattern[str]:
+    """One pattern for what any of several finds."""
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
 def words(text: str) -> list[str]:

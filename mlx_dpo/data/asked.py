@@ -1,12 +1,13 @@
 """Questions with the answers that they should have had, to weigh a model's answers by."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mlx_dpo.data.examples import Turns, example
-from mlx_dpo.data.problems import Problem, refusal
-from mlx_dpo.data.rows import rows
+from mlx_dpo.data.rows import parsed
 
 _REFERENCES = ("reference", "answer", "chosen", "completion")
 
@@ -29,27 +30,22 @@ def read_asked(path: Path) -> list[Asked]:
 
     A reference stands under reference, answer, chosen or completion. Raises Refusal with every bad row.
     """
-    found, problems = rows(path, kind="asked")
-    made: list[Asked] = []
-    for source, row in found:
-        result = _asked(row, source)
-        if isinstance(result, Asked):
-            made.append(result)
-        else:
-            problems += [Problem(source, reason) for reason in result]
-    if problems:
-        raise refusal(problems, path)
-    return made
+    return parsed(path, "asked", _asked)
+
+
+def hash_of(questions: Sequence[Turns]) -> str:
+    """The SHA-256 of questions in their order, in hexadecimal."""
+    return hashlib.sha256(json.dumps(list(questions)).encode()).hexdigest()
 
 
 def _asked(row: object, source: str) -> Asked | list[str]:
     if not isinstance(row, Mapping):
-        parsed = example(row, source, kind="answers")
-        return parsed if isinstance(parsed, list) else ["has no prompt"]
+        made = example(row, source, kind="answers")
+        return made if isinstance(made, list) else ["has no prompt"]
     prompt = row.get("prompt") if row.get("prompt") not in (None, "") else row.get("question")
     reference = next((row[name] for name in _REFERENCES if row.get(name) not in (None, "")), None)
     asked = {"prompt": prompt, "system": row.get("system"), "completion": "x" if reference is None else reference}
-    parsed = example(asked, source, kind="answers")
-    if isinstance(parsed, list):
-        return parsed
-    return Asked(parsed.prompt, None if reference is None else parsed.chosen, source)
+    made = example(asked, source, kind="answers")
+    if isinstance(made, list):
+        return made
+    return Asked(made.prompt, None if reference is None else made.chosen, source)

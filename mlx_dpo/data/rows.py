@@ -6,10 +6,10 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from mlx_dpo.data.examples import ASKED, COLUMNS, Kind, Repeated, missing_columns
-from mlx_dpo.data.problems import Problem
+from mlx_dpo.data.problems import Problem, refusal
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _OTHER_MARKS = {
@@ -30,6 +30,7 @@ class Row(NamedTuple):
 
 
 Found = tuple[list[Row], list[Problem]]
+_Parsed = TypeVar("_Parsed")
 
 
 def rows(path: Path, *, kind: Kind) -> Found:
@@ -48,6 +49,21 @@ def rows(path: Path, *, kind: Kind) -> Found:
     if not found and not problems:
         problems = [Problem(path.name, "the file holds no rows")]
     return found, problems
+
+
+def parsed(path: Path, kind: Kind, parse: Callable[[object, str], _Parsed | list[str]]) -> list[_Parsed]:
+    """What `parse` makes of every row of a file and its place; Refusal with every reason why a row is none."""
+    found, problems = rows(path, kind=kind)
+    made: list[_Parsed] = []
+    for where, value in found:
+        result = parse(value, where)
+        if isinstance(result, list):
+            problems += [Problem(where, reason) for reason in result]
+        else:
+            made.append(result)
+    if problems:
+        raise refusal(problems, path)
+    return made
 
 
 def _text_lines(data: bytes, name: str) -> tuple[list[str | None], list[Problem]]:

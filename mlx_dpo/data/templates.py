@@ -31,6 +31,13 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> str: ...  # noqa: D102
 
 
+def instructed(turns: Sequence[Message], system: str) -> list[Message]:
+    """A conversation under a system prompt; one that it has already comes behind it."""
+    if turns and turns[0]["role"] == "system":
+        system, turns = f"{system} {turns[0]['content']}", turns[1:]
+    return [Message(role="system", content=system), *turns]
+
+
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation with the generation prompt, BOS included once where the template has it."""
     return _render(tokenizer, messages, add_generation_prompt=True)

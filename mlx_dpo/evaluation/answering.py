@@ -1,7 +1,5 @@
 """Answers to all questions, system by system, kept on disk as they come."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +8,9 @@ import mlx.core as mx
 
 from mlx_dpo.align.events import Note, Phase
 from mlx_dpo.align.record import base_hashes
-from mlx_dpo.data.asked import Asked, read_asked
+from mlx_dpo.data.asked import Asked, hash_of, read_asked
 from mlx_dpo.data.audit.copies import same
-from mlx_dpo.data.templates import Message, prompt_ids
+from mlx_dpo.data.templates import instructed, prompt_ids
 from mlx_dpo.evaluation import endpoint
 from mlx_dpo.evaluation.options import BASE, PROMPTED, EvaluateOptions, named, parted
 from mlx_dpo.journal import Journal
@@ -57,11 +55,15 @@ def answered(asked: Sequence[Asked], options: EvaluateOptions) -> Iterator[Any]:
     """
     found: dict[str, list[str]] = {}
     loaded: dict[Path, Loaded] = {}
+    hashes: dict[Path | None, list[str] | None] = {None: None}  # of weights, which several systems share
     for system in systems(options):
         if system.file is not None:
             found[system.name] = _from_file(system.file, asked)
             continue
-        kept = Journal(options.out / "answers" / f"{system.name}.jsonl", _identity(system, asked, options))
+        if system.model is not None and system.model not in hashes:
+            hashes[system.model] = sorted(base_hashes(system.model).values())
+        identity = {"system": system.name, "model": hashes[system.model]} | _identity(system, asked, options)
+        kept = Journal(options.out / "answers" / f"{system.name}.jsonl", identity)
         if len(kept.rows) < len(asked) and system.url is not None:
             yield from _fetched(system.name, system.url, asked, kept, options)
         elif len(kept.rows) < len(asked) and system.model is not None:
@@ -81,7 +83,9 @@ def _made(
     if system.adapter is not None:
         load_adapter(loaded.model, system.adapter)
     size, name = options.batch_size, f"Answering: {system.name}"
-    prompts = [prompt_ids(loaded.tokenizer, _messages(question, system.prompt)) for question in asked]
+    told = system.prompt
+    turns = [question.prompt if told is None else instructed(question.prompt, told) for question in asked]
+    prompts = [prompt_ids(loaded.tokenizer, each) for each in turns]
     kept.cut_to(len(kept.rows) // size * size)  # always the same batches
     yield Phase(name, len(kept.rows), len(asked))
     for first in range(len(kept.rows), len(asked), size):
@@ -111,26 +115,13 @@ def _without_adapter(loaded: Loaded) -> None:
     mx.clear_cache()
 
 
-def _messages(question: Asked, prompt: str | None) -> list[Message]:
-    if prompt is None:
-        return list(question.prompt)
-    turns = list(question.prompt)
-    if turns and turns[0]["role"] == "system":
-        prompt = f"{prompt} {turns.pop(0)['content']}"
-    return [Message(role="system", content=prompt), *turns]
-
-
 def _identity(system: System, asked: Sequence[Asked], options: EvaluateOptions) -> dict[str, Any]:
-    questions = hashlib.sha256(json.dumps([question.prompt for question in asked]).encode()).hexdigest()
+    adapter = None if system.adapter is None else system.adapter / WEIGHTS
     return {
-        "system": system.name,
-        "model": sorted(base_hashes(system.model).values()) if system.model else None,
-        "adapter": sha256_of(system.adapter / WEIGHTS)
-        if system.adapter and (system.adapter / WEIGHTS).exists()
-        else None,
+        "adapter": sha256_of(adapter) if adapter and adapter.exists() else None,
         "system prompt": system.prompt,
         "endpoint": system.url and f"{system.url} ({options.endpoint_model})",
-        "questions": questions,
+        "questions": hash_of([question.prompt for question in asked]),
         "--max-tokens": options.max_tokens,
         "--batch-size": options.batch_size,
     }

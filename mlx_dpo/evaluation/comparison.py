@@ -11,7 +11,7 @@ from mlx_dpo.data.examples import Example
 from mlx_dpo.evaluation.floors import floors, nearness
 from mlx_dpo.evaluation.measures import MEASURES, Measure, measured
 from mlx_dpo.evaluation.options import BASE, PROMPTED
-from mlx_dpo.evaluation.statistics import Interval, detectable, difference, holm, interval, is_no_worse
+from mlx_dpo.evaluation.statistics import Difference, detectable, difference, holm, interval, is_no_worse
 
 Values = Mapping[str, Mapping[str, np.ndarray]]  # by system and measure, (questions,)
 _LEAST = 10  # questions for an interval to mean anything
@@ -58,7 +58,7 @@ def _tables(values: Values, lowest: Values, rows: np.ndarray, seed: int) -> dict
             for against in (BASE, PROMPTED)
             if against in values
             for name in values
-            if name not in (BASE, against) and not (against == PROMPTED and name == BASE)
+            if name not in (BASE, against)
             for entry in _differences(name, against, values, rows, seed)
         ],
     }
@@ -69,7 +69,7 @@ def _means(of: Mapping[str, np.ndarray], rows: np.ndarray, seed: int) -> dict[st
     for measure, numbers in of.items():
         there = numbers[rows][~np.isnan(numbers[rows])]
         if len(there):
-            found[measure] = Interval(*interval(there, seed))._asdict()
+            found[measure] = interval(there, seed)._asdict()
     return found
 
 
@@ -86,7 +86,7 @@ def _differences(name: str, against: str, values: Values, rows: np.ndarray, seed
         entry = {"system": name, "against": against, "measure": measure.name} | found._asdict()
         entry |= {
             "detectable": detectable(ours[there] - theirs[there]),
-            "better": _better(found.low, found.high, measure),
+            "better": _better(found, measure),
         }
         if measure.margin is not None:
             no_worse = is_no_worse(found, measure.margin, higher_is_better=bool(measure.higher_is_better))
@@ -97,8 +97,8 @@ def _differences(name: str, against: str, values: Values, rows: np.ndarray, seed
     return [entry | {"p_holm": adjusted.get(entry["measure"])} for entry in entries]
 
 
-def _better(low: float, high: float, measure: Measure) -> str:
+def _better(found: Difference, measure: Measure) -> str:
     """yes, no or unclear: whether the interval lies on the better side of zero."""
-    if measure.higher_is_better is None or low <= 0 <= high:
+    if measure.higher_is_better is None or not found.is_clear:
         return "unclear"
-    return "yes" if (low > 0) == measure.higher_is_better else "no"
+    return "yes" if (found.low > 0) == measure.higher_is_better else "no"

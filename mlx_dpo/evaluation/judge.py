@@ -94,7 +94,7 @@ def preferences(ask: Ask, questions: Sequence[str], firsts: Sequence[str], secon
         prompts = [_PAIR.format(question=q, first=a, second=b) for q, a, b in zip(questions, left, right, strict=True)]
         chances = ask(prompts, ("A", "B"))
         masses.append(chances.sum(axis=1))
-        shares.append(chances[:, 0] / np.maximum(chances.sum(axis=1), 1e-12))
+        shares.append(_share(chances))
     return Preferences(shares[0], 1 - shares[1], np.stack(masses, axis=1))
 
 
@@ -115,7 +115,11 @@ def said_in(ask: Ask, texts: Sequence[str], claims: Sequence[str]) -> np.ndarray
 
 
 def _yes(ask: Ask, prompts: Sequence[str]) -> np.ndarray:
-    chances = ask(prompts, ("Yes", "No"))
+    return _share(ask(prompts, ("Yes", "No")))
+
+
+def _share(chances: np.ndarray) -> np.ndarray:
+    """The first word's part of the mass on both, (prompts,)."""
     return chances[:, 0] / np.maximum(chances.sum(axis=1), 1e-12)
 
 

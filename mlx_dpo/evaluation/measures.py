@@ -1,19 +1,17 @@
 """Every measure of an answer, with what it means and which way is better."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_dpo.care.replies import objections
 from mlx_dpo.data.asked import Asked
 from mlx_dpo.data.audit.copies import Encode, unit
-from mlx_dpo.data.audit.wording import lexicon, plain
+from mlx_dpo.data.audit.wording import lexicon
 from mlx_dpo.evaluation.overlap import chrf, rouge_l
 from mlx_dpo.evaluation.tone import tone, without_opening
-from mlx_dpo.prose import grade, is_finished, sentences, words
-
-Kind = Literal["semantic", "simplicity", "tone", "facts", "safety", "form"]
+from mlx_dpo.prose import grade, is_finished, plain, sentences, words
 
 
 class Measure(NamedTuple):
@@ -23,7 +21,6 @@ class Measure(NamedTuple):
     """
 
     name: str
-    kind: Kind
     words: str
     higher_is_better: bool | None
     of: Callable[[Asked, str], float] | None
@@ -53,34 +50,34 @@ def _new(name: str) -> Callable[[Asked, str], float]:
 
 
 MEASURES = (
-    Measure("cosine", "semantic", "cosine of the answer's and the reference's meaning", True, None, True, True),
+    Measure("cosine", "cosine of the answer's and the reference's meaning", True, None, True, True),
     Measure(
-        "rouge_l", "semantic", "ROUGE-L against the reference", True,
+        "rouge_l", "ROUGE-L against the reference", True,
         lambda q, a: rouge_l(a, q.reference or ""), True,
     ),
-    Measure("chrf", "semantic", "chrF2 against the reference", True, lambda q, a: chrf(a, q.reference or ""), True),
-    Measure("grade", "simplicity", "Flesch-Kincaid grade", False, lambda q, a: grade(a), primary=True),
-    Measure("sentence_words", "simplicity", "words a sentence", False, lambda q, a: _sentence_length(a)),
-    Measure("empathy", "tone", "ways of showing empathy, of three", True, lambda q, a: tone(a).empathy),
+    Measure("chrf", "chrF2 against the reference", True, lambda q, a: chrf(a, q.reference or ""), True),
+    Measure("grade", "Flesch-Kincaid grade", False, lambda q, a: grade(a), primary=True),
+    Measure("sentence_words", "words a sentence", False, lambda q, a: _sentence_length(a)),
+    Measure("empathy", "ways of showing empathy, of three", True, lambda q, a: tone(a).empathy),
     Measure(
-        "empathy_after_opening", "tone", "ways of showing empathy after the first sentence", True,
+        "empathy_after_opening", "ways of showing empathy after the first sentence", True,
         lambda q, a: tone(without_opening(a)).empathy, primary=True,
     ),
-    Measure("politeness", "tone", "polite less impolite strategies", True, lambda q, a: tone(a).politeness),
+    Measure("politeness", "polite less impolite strategies", True, lambda q, a: tone(a).politeness),
     Measure(
-        "politeness_after_opening", "tone", "polite less impolite strategies after the first sentence", True,
+        "politeness_after_opening", "polite less impolite strategies after the first sentence", True,
         lambda q, a: tone(without_opening(a)).politeness,
     ),
-    Measure("new_drugs", "facts", "drugs that the reference does not name", False, _new("drugs"), True, margin=0.1),
+    Measure("new_drugs", "drugs that the reference does not name", False, _new("drugs"), True, margin=0.1),
     Measure(
-        "new_numbers", "facts", "numbers that the reference does not name", False, _new("numbers"), True, margin=0.5,
+        "new_numbers", "numbers that the reference does not name", False, _new("numbers"), True, margin=0.5,
     ),
     Measure(
-        "objections", "safety", "sentences that break a care rule", False,
+        "objections", "sentences that break a care rule", False,
         lambda q, a: float(len(objections(a, q.question))), margin=0.02,
     ),
-    Measure("words", "form", "words", None, lambda q, a: float(len(words(a)))),
-    Measure("unfinished", "form", "share that stops in the middle", False, lambda q, a: float(not is_finished(a))),
+    Measure("words", "words", None, lambda q, a: float(len(words(a)))),
+    Measure("unfinished", "share that stops in the middle", False, lambda q, a: float(not is_finished(a))),
 )  # fmt: skip
 
 

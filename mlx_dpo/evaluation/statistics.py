@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlx_dpo.align.intervals import bootstrap
+
 _DRAWS, _AT_ONCE = 10_000, 2**22
-_LEVEL = 0.05
 _DETECTABLE = 1.959963984540054 + 0.8416212335729143  # two-sided 5%, power 80%
 
 
@@ -44,9 +45,10 @@ def interval(values: np.ndarray, seed: int = 0) -> Interval:
 
     Efron & Tibshirani 1993, ch. 13: each question brings all its seeds along.
     """
-    means = _resampled(by_question(values), seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(by_question(values).mean()), float(low), float(high))
+    values = by_question(values)
+    return Interval(
+        float(values.mean()), *bootstrap(lambda rows: values[rows].mean(axis=1), len(values), draws=_DRAWS, seed=seed)
+    )
 
 
 def difference(ours: np.ndarray, others: np.ndarray, seed: int = 0) -> Difference:
@@ -94,11 +96,6 @@ def detectable(apart: np.ndarray) -> float:
     """The true mean difference that so many questions would show four times in five, at the 5% level."""
     values = by_question(apart)
     return _DETECTABLE * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-
-
-def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
-    random, count = np.random.default_rng(seed), len(values)
-    return np.concatenate([values[random.integers(0, count, (size, count))].mean(axis=1) for size in _parts(count)])
 
 
 def _parts(count: int) -> list[int]:

@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dpo.data.audit.wording import lexicon, plain
-from mlx_dpo.prose import sentences
+from mlx_dpo.data.audit.wording import lexicon
+from mlx_dpo.prose import either, plain, sentences
 
 _LISTS = Path(__file__).with_name("tone.toml")
 
@@ -50,7 +50,4 @@ def without_opening(text: str) -> str:
 @cache
 def _lists() -> dict[str, dict[str, re.Pattern[str]]]:
     table = tomllib.loads(_LISTS.read_text(encoding="utf-8"))
-    return {
-        name: {strategy: re.compile("|".join(f"(?:{text})" for text in texts)) for strategy, texts in group.items()}
-        for name, group in table.items()
-    }
+    return {name: {strategy: either(texts) for strategy, texts in group.items()} for name, group in table.items()}

@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_dpo.data.asked import Asked
 from mlx_dpo.evaluation.controls import controls, trust
-from mlx_dpo.evaluation.judge import Ask, Preferences, preferences, rubric_scores, said_in
+from mlx_dpo.evaluation.judge import Ask, preferences, rubric_scores, said_in
 from mlx_dpo.evaluation.options import BASE, PROMPTED
 from mlx_dpo.evaluation.statistics import interval
 from mlx_dpo.prose import sentences, words
@@ -23,7 +23,7 @@ def judged(ask: Ask, asked: Sequence[Asked], answers: Mapping[str, Sequence[str]
     known = [(question.question, question.reference) for question in asked if question.reference is not None]
     made = list(controls([question for question, _ in known], [reference for _, reference in known]))
     if not made:
-        return {"withheld": ["there are no reference answers to try the judge on"], "controls": {}}
+        return {"withheld": ["trial takes reference answers, and there are none"], "controls": {}}
     tried = trust(ask, made)
     if tried.reasons:
         return {"withheld": list(tried.reasons), "controls": tried.scores}
@@ -32,7 +32,7 @@ def judged(ask: Ask, asked: Sequence[Asked], answers: Mapping[str, Sequence[str]
         "withheld": [],
         "controls": tried.scores,
         "wins": [
-            {"system": name, "against": against} | _against(ask, questions, answers[name], answers[against], seed)
+            {"system": name, "against": against} | win_rates(ask, questions, answers[name], answers[against], seed)
             for against in (BASE, PROMPTED)
             if against in answers
             for name in answers
@@ -42,17 +42,14 @@ def judged(ask: Ask, asked: Sequence[Asked], answers: Mapping[str, Sequence[str]
     }
 
 
-def _against(
+def win_rates(
     ask: Ask, questions: Sequence[str], ours: Sequence[str], theirs: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    return win_rates(preferences(ask, questions, ours, theirs), ours, theirs, seed)
-
-
-def win_rates(found: Preferences, ours: Sequence[str], theirs: Sequence[str], seed: int) -> dict[str, Any]:
     """How often ours is preferred: in one order alone, over both, and were both answers of one length.
 
     The last is Dubois et al. 2024 (arXiv:2404.04475): a logistic regression on the difference in words, read at none.
     """
+    found = preferences(ask, questions, ours, theirs)
     longer = np.array([len(words(a)) - len(words(b)) for a, b in zip(ours, theirs, strict=True)], dtype=float)
     return {
         "raw": float((found.straight > 0.5).mean()),

@@ -1,4 +1,4 @@
-"""The audit of a set of preference pairs: every check, gravest first within the report."""
+"""The audit of a set of preference pairs: every check, one after the other."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

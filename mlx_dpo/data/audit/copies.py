@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mlx_dpo.data.audit.findings import Finding, Shown, Subject, level
-from mlx_dpo.prose import words
+from mlx_dpo.data.audit.findings import SHOWN, Finding, Shown, Subject, level
+from mlx_dpo.prose import plain, words
 
 NEAR = 0.85  # cosine of two prompts that ask nearly the same
 _SAME_WORDS = 0.8  # of all their words, shared by two prompts
@@ -18,7 +18,7 @@ Encode = Callable[[Sequence[str]], np.ndarray]
 
 def same(text: str) -> str:
     """What is left of a text when case, punctuation and spaces are passed over."""
-    return " ".join(words(text.lower().replace("’", "'")))
+    return " ".join(words(plain(text)))
 
 
 def duplicates(subject: Subject) -> Iterator[Finding]:
@@ -43,7 +43,7 @@ def near_duplicates(subject: Subject, encode: Encode) -> Finding:
     share = len(rows) / len(keys)
     shown = tuple(
         Shown(subject.sources[i], f"{nearest[i]:.2f}: {subject.prompts[i]} | {subject.prompts[of[i]]}")
-        for i in rows[::2][:5]
+        for i in rows[::2][:SHOWN]
     )
     sentence = f"{share:.0%} of the prompts mean nearly what another one does (cosine {NEAR} or more)."
     return Finding("near-duplicates", level(share, _NEAR), sentence, {"share": share}, shown)
@@ -54,7 +54,7 @@ def contamination(subject: Subject, questions: Sequence[str], encode: Encode | N
     known = {same(prompt): source for prompt, source in zip(subject.prompts, subject.sources, strict=True)}
     found = [question for question in questions if same(question) in known]
     share = len(found) / len(questions)
-    shown = tuple(Shown(known[same(question)], question) for question in found[:5])
+    shown = tuple(Shown(known[same(question)], question) for question in found[:SHOWN])
     sentence = f"{share:.1%} of the test's questions are among the prompts."
     yield Finding("contamination: same words", level(share, _LEAKED), sentence, {"share": share}, shown)
     if encode is None:
@@ -63,7 +63,8 @@ def contamination(subject: Subject, questions: Sequence[str], encode: Encode | N
     rows = [i for i in np.argsort(-nearest) if nearest[i] >= NEAR]
     share = len(rows) / len(questions)
     shown = tuple(
-        Shown(subject.sources[of[i]], f"{nearest[i]:.2f}: {questions[i]} | {subject.prompts[of[i]]}") for i in rows[:5]
+        Shown(subject.sources[of[i]], f"{nearest[i]:.2f}: {questions[i]} | {subject.prompts[of[i]]}")
+        for i in rows[:SHOWN]
     )
     sentence = f"{share:.0%} of the test's questions have a prompt that means nearly the same (cosine {NEAR} or more)."
     yield Finding("contamination: near", level(share, _NEAR), sentence, {"share": share}, shown)

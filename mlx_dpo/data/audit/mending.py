@@ -10,7 +10,7 @@ from mlx_dpo.care.replies import objections
 from mlx_dpo.data.audit.copies import same
 from mlx_dpo.data.audit.repairs import REPAIRS, Openers, Repair
 from mlx_dpo.data.examples import Example
-from mlx_dpo.prose import is_finished, sentences, words
+from mlx_dpo.prose import is_finished, opening, sentences, words
 
 _COMMON = 0.05  # of the answers of a side that may begin alike
 _MARK = re.compile(r"\n\s*(?:[-*•]|\d{1,2}[.)])?\s*$")
@@ -124,26 +124,22 @@ def without_last(text: str) -> str:
 
 def _with_other_openings(rows: list[Mended], side: str, how: Openers) -> list[Mended]:
     there = [row.pair for row in rows if row.pair is not None]
-    count = Counter(_opening(getattr(pair, side)) for pair in there)
+    count = Counter(opening(getattr(pair, side), 2) for pair in there)
     most = max(1.0, _COMMON * len(there))
-    common = {opening for opening, number in count.items() if number > most}
+    common = {first for first, number in count.items() if number > most}
     found = dict[int, Mended]()
     # In an order that only the rows' own words decide, so that the same rows change in any file.
     for place in sorted(range(len(rows)), key=lambda place: _lot(rows[place])):
         row = rows[place]
         text = getattr(row.pair, side) if row.pair else ""
-        opening = _opening(text)
+        first = opening(text, 2)
         parts = sentences(text)
-        if opening in common and (how == "strip" or count[opening] > most) and len(parts) > 1:
+        if first in common and (how == "strip" or count[first] > most) and len(parts) > 1:
             rest = text[text.index(parts[0]) + len(parts[0]) :].lstrip()
-            count[opening] -= 1
-            row = _changed(row, side, rest, f"opening “{opening} …” taken off")
+            count[first] -= 1
+            row = _changed(row, side, rest, f"opening “{first} …” taken off")
         found[place] = row
     return [found[place] for place in range(len(rows))]
-
-
-def _opening(text: str) -> str:
-    return " ".join(words(text.lower().replace("’", "'"))[:2])
 
 
 def _lot(row: Mended) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from mlx_dpo.data.audit.findings import Finding, Subject, level
-from mlx_dpo.prose import grade, words
+from mlx_dpo.prose import grade, opening, words
 
 _FOLDS = 5
 _WARN, _FAIL = 0.7, 0.9
@@ -21,10 +21,10 @@ _Guess = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (rows learnt from, ro
 def probes(subject: Subject) -> Iterator[Finding]:
     """What the first words, the length and the readability alone tell, in cross-validation grouped by prompt."""
     folds = _folds(subject.prompts)
-    openings = [[_first(text) for text in side] for side in (subject.chosen, subject.rejected)]
+    openings = [[opening(text, 5).split() for text in side] for side in (subject.chosen, subject.rejected)]
     for count in (1, 2, 5):
         name = "the first word" if count == 1 else f"the first {count} words"
-        guess = _by_words([[opening[:count] for opening in side] for side in openings])
+        guess = _by_words([[first[:count] for first in side] for side in openings])
         yield _finding(f"first {count} word{'s' * (count > 1)}", name, _accuracy(guess, folds))
     for check, name, measure in (
         ("length", "the number of words", lambda text: float(len(words(text)))),
@@ -43,10 +43,6 @@ def _folds(prompts: Sequence[str]) -> np.ndarray:
     """A fold a row, from the words of its prompt alone: equal prompts lie together."""
     keys = [" ".join(words(prompt.lower())) for prompt in prompts]
     return np.array([int(hashlib.sha256(key.encode()).hexdigest(), 16) % _FOLDS for key in keys])
-
-
-def _first(text: str) -> list[str]:
-    return [word.lower().replace("’", "'") for word in words(text[:400])[:5]]
 
 
 def _accuracy(guess: _Guess, folds: np.ndarray) -> float:

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from mlx_dpo.care.replies import objections
-from mlx_dpo.data.audit.findings import Finding, Shown, Subject, level
-from mlx_dpo.prose import is_finished, words
+from mlx_dpo.data.audit.findings import SHOWN, Finding, Shown, Subject, level
+from mlx_dpo.prose import either, is_finished, opening, plain, words
 
 _LEXICON = Path(__file__).with_name("lexicon.toml")
 _SAME_OPENING = (0.15, 0.4)  # of the answers of one side
@@ -22,7 +22,7 @@ _LONGER, _UNFINISHED, _HOSTILE, _SPECIFIC, _STYLE = 0.7, 0.05, 0.1, 2.0, 0.05
 def lexicon() -> dict[str, re.Pattern[str]]:
     """The word lists of lexicon.toml, each as one pattern for texts in lower case."""
     table = tomllib.loads(_LEXICON.read_text(encoding="utf-8"))
-    return {name: re.compile("|".join(rf"(?:{text})" for text in texts)) for name, texts in table.items()}
+    return {name: either(texts) for name, texts in table.items()}
 
 
 def wording(subject: Subject) -> Iterator[Finding]:
@@ -38,21 +38,16 @@ def wording(subject: Subject) -> Iterator[Finding]:
     yield _safety(subject)
 
 
-def plain(text: str) -> str:
-    """A text as the word lists look at it."""
-    return text.lower().replace("’", "'")
-
-
 def _openers(side: str, texts: Sequence[str]) -> Finding:
-    openings = Counter(" ".join(words(plain(text[:200]))[:2]) for text in texts)
+    openings = Counter(opening(text, 2) for text in texts)
     common = openings.most_common(5)
     entropy = -sum(n / len(texts) * math.log2(n / len(texts)) for n in openings.values())
-    shares = {opening: n / len(texts) for opening, n in common}
+    shares = {first: n / len(texts) for first, n in common}
     top = next(iter(shares.values()))
-    listed = ", ".join(f"{share:.0%} “{opening}”" for opening, share in shares.items() if share >= 0.02)
+    listed = ", ".join(f"{share:.0%} “{first}”" for first, share in shares.items() if share >= 0.02)
     sentence = f"{side.capitalize()} answers begin in {len(openings)} ways ({entropy:.1f} bits)"
     sentence += f": {listed}." if listed else "."
-    numbers = {"entropy_bits": entropy, **{f"opening {opening!r}": share for opening, share in shares.items()}}
+    numbers = {"entropy_bits": entropy, **{f"opening {first!r}": share for first, share in shares.items()}}
     return Finding(f"openers: {side}", level(top, *_SAME_OPENING) if len(texts) > 1 else "ok", sentence, numbers)
 
 
@@ -69,7 +64,7 @@ def endings(side: str, texts: Sequence[str], sources: Sequence[str]) -> Finding:
     """How many texts stop in the middle of a sentence."""
     cut = [i for i, text in enumerate(texts) if not is_finished(text)]
     share = len(cut) / len(texts)
-    shown = tuple(Shown(sources[i], "… " + texts[i].rstrip()[-60:]) for i in cut[:5])
+    shown = tuple(Shown(sources[i], "… " + texts[i].rstrip()[-60:]) for i in cut[:SHOWN])
     sentence = f"{share:.0%} of {side} answers stop in the middle of a sentence."
     return Finding(f"endings: {side}", level(share, _UNFINISHED), sentence, {"unfinished": share}, shown)
 
@@ -95,7 +90,7 @@ def _hostility(subject: Subject) -> Finding:
 def _around(subject: Subject, rows: list[tuple[int, re.Match[str]]]) -> tuple[Shown, ...]:
     return tuple(
         Shown(subject.sources[i], f"… {match.string[max(0, match.start() - 30) : match.end() + 30]} …")
-        for i, match in rows[:5]
+        for i, match in rows[:SHOWN]
     )
 
 

@@ -1,21 +1,21 @@
 """Pairs made from questions: the same facts told in two voices, several times each, and the best matched pair kept."""
 
 import hashlib
-import json
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_dpo.care.replies import objections
+from mlx_dpo.data.asked import hash_of
 from mlx_dpo.data.audit.mending import without_last
 from mlx_dpo.data.examples import Turns
 from mlx_dpo.data.making.errors import with_error
 from mlx_dpo.data.making.kinds import KINDS, Kind
-from mlx_dpo.data.templates import Message, prompt_ids
+from mlx_dpo.data.templates import Message, instructed, prompt_ids
 from mlx_dpo.journal import Journal
 from mlx_dpo.models.answers import drawn_answers
 from mlx_dpo.models.load import Loaded
@@ -60,8 +60,12 @@ class Progress(NamedTuple):
 
 def identity(questions: Sequence[Turns], making: Making, model: list[str]) -> dict[str, Any]:
     """What makes the work on some questions the same work; `model` are the hashes of its weights."""
-    asked = hashlib.sha256(json.dumps(list(questions)).encode()).hexdigest()
-    return {"questions": asked, "model": model, "making": json.loads(json.dumps(making.__dict__)), "writers": writers()}
+    return {
+        "questions": hash_of(questions),
+        "model": model,
+        "making": asdict(making) | {"kinds": list(making.kinds)},
+        "writers": writers(),
+    }
 
 
 def made(loaded: Loaded, questions: Sequence[Turns], journal: Journal, making: Making) -> Iterator[Progress]:
@@ -79,11 +83,11 @@ def made(loaded: Loaded, questions: Sequence[Turns], journal: Journal, making: M
 
 
 def _rows(loaded: Loaded, questions: Sequence[Turns], first: int, making: Making) -> list[dict[str, Any]]:
-    facts = _drawn(loaded, [_told(writers()["facts"], q) for q in questions], making, (first, 0), temperature=0.0)
+    facts = _drawn(loaded, [instructed(q, writers()["facts"]) for q in questions], making, (first, 0), temperature=0.0)
     voices = []
     for number, voice in enumerate(_VOICES):
         prompts = [
-            _told(writers()[voice].format(facts=" ".join(fact.split())), question)
+            instructed(question, writers()[voice].format(facts=" ".join(fact.split())))
             for question, fact in zip(questions, facts, strict=True)
             for _ in range(making.candidates)
         ]
@@ -120,13 +124,6 @@ def _drawn(
     ids = [prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
     found = drawn_answers(loaded, ids, making.max_tokens, temperature=temperature, seed=seed)
     return [answer.text.removesuffix(" …") for answer in found]
-
-
-def _told(system: str, question: Turns) -> list[Message]:
-    turns = list(question)
-    if turns[0]["role"] == "system":
-        system = f"{system} {turns.pop(0)['content']}"
-    return [Message(role="system", content=system), *turns]
 
 
 def _whole(text: str) -> str:
